@@ -1,0 +1,421 @@
+"""Where prompts come from: tasks and their prompt formats, local files and hub data sets, the embedded policy.
+
+An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the tokenizer's
+chat template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or whatever a file brings)
+and, where supervised demonstrations are wanted, `completion`.
+
+    train, heldout = load_task("countdown", train_examples=1000, eval_examples=100, seed=0)
+    ids = encode_prompt(tokenizer, train[0]["prompt"])
+
+Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mixing several tasks in one run.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+
+MINI_LARGEST = 30  # largest number of a mini-countdown problem; the embedded policy's tokenizer knows it too
+
+
+class InputError(ValueError):
+    """What the user gave can't be used; the message says what was given, what is allowed, what to type instead."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt formats: example -> text, or chat messages; a last message from the assistant is a turn left open.
+
+
+def countdown_prompt(example: dict) -> list[dict]:
+    """The countdown prompt of nano-aha-moment, GRPO-Zero and Improved-GRPO: it ends inside an open `<think>`."""
+    numbers = ", ".join(map(str, example["nums"]))
+    return [
+        {
+            "role": "system",
+            "content": "You are a careful assistant. You reason in your head before you give the user the answer.",
+        },
+        {
+            "role": "user",
+            "content": f"Combine the numbers {numbers} into an equation that equals {example['target']}. You may use "
+            "+, -, *, / and parentheses, and must use each number exactly once. Write your reasoning inside "
+            "<think> </think> tags and then the equation alone inside <answer> </answer> tags, for example "
+            "<answer>(1 + 2) / 3</answer>.",
+        },
+        {"role": "assistant", "content": "I will work through this step by step.\n<think>"},
+    ]
+
+
+def mini_countdown_prompt(example: dict) -> list[dict]:
+    """The countdown prompt in the few words that the embedded policy knows."""
+    numbers = " ".join(map(str, example["nums"]))
+    return [
+        {"role": "user", "content": f"numbers {numbers} target {example['target']}"},
+        {"role": "assistant", "content": "<think>"},
+    ]
+
+
+def gsm8k_prompt(example: dict) -> list[dict]:
+    """The gsm8k prompt of simple_GRPO: the model itself opens and closes both tags."""
+    return [
+        {
+            "role": "system",
+            "content": "You help the user with a question. First think the steps through, then give the final answer. "
+            "Put the thinking inside <think> </think> tags and the answer inside <answer> </answer> tags, like this: "
+            "<think> your steps </think><answer> the answer </answer>.",
+        },
+        {"role": "user", "content": example["question"]},
+    ]
+
+
+def gsm8k_reasoning_prompt(example: dict) -> str:
+    """The gsm8k prompt of The LM Book: plain text without a chat template, `<reasoning>` and `<answer>` tags."""
+    return (
+        "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n<answer>\nthe final number\n</answer>\n"
+        + example["question"]
+    )
+
+
+PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
+    "countdown": countdown_prompt,
+    "mini-countdown": mini_countdown_prompt,
+    "gsm8k": gsm8k_prompt,
+    "gsm8k-reasoning": gsm8k_reasoning_prompt,
+}
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
+
+    A last message from the assistant stays open, so that the completion continues it; otherwise the template opens a
+    new assistant turn. A tokenizer without a template gets the messages' texts, one a line.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
+    is_open = prompt[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, continue_final_message=is_open, add_generation_prompt=not is_open
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special tokens already
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Countdown: reach the target from the given numbers, each used exactly once.
+
+
+def random_expression(numbers: list[int], operators: str, rng: random.Random) -> tuple[str, Fraction]:
+    """A random expression over all `numbers` in random order, with only the parentheses it needs, and its exact value.
+
+    Division by zero is never built. Every binary tree can come up: two random parts are joined until one is left.
+    """
+    parts = [(str(number), Fraction(number), 3) for number in numbers]  # text, value, how tightly the text binds
+    while len(parts) > 1:
+        rng.shuffle(parts)
+        (left, a, left_binds), (right, b, right_binds) = parts.pop(), parts.pop()
+        operator = rng.choice([op for op in operators if op != "/" or b != 0])
+        binds = 1 if operator in "+-" else 2
+        value = a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*" else a / b
+        left = left if left_binds >= binds else f"({left})"
+        right = right if right_binds > binds or (right_binds == binds and operator in "+*") else f"({right})"
+        parts.append((f"{left} {operator} {right}", value, binds))
+    return parts[0][0], parts[0][1]
+
+
+def countdown_demonstration(example: dict, rng: random.Random) -> str:
+    """A completion in the right format with right arithmetic and a blind choice: any expression over the numbers.
+
+    Two numbers are written larger first, so that they never come to less than zero. Which expression hits the target is
+    what GRPO has to teach.
+    """
+    if len(example["nums"]) == 2:
+        a, b = sorted(example["nums"], reverse=True)
+        operator = rng.choice("+-*")
+        text, value = f"{a} {operator} {b}", a + b if operator == "+" else a - b if operator == "-" else a * b
+    else:
+        text, value = random_expression(example["nums"], "+-*/", rng)
+    return f"{text} = {value}</think>\n<answer>{text}</answer>"
+
+
+def countdown_problems(count: int, seed: int) -> list[dict]:
+    """`count` different problems like those of Countdown-Tasks-3to4: 3 or 4 numbers of 1-99, a target of 10-99.
+
+    Every problem is solvable, because its target is the value of a random expression over its numbers.
+    """
+    rng = random.Random(seed)
+    problems: dict[tuple, dict] = {}
+    while len(problems) < count:
+        nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
+        value = random_expression(nums, "+-*/", rng)[1]
+        if value.denominator == 1 and 10 <= value <= 99:
+            problems.setdefault(countdown_key(nums, int(value)), {"nums": nums, "target": int(value)})
+    return list(problems.values())
+
+
+def countdown_key(nums: list[int], target: int) -> tuple:
+    """Two countdown problems are the same when this is: the order of the numbers makes no difference."""
+    return tuple(sorted(nums)), target
+
+
+def mini_countdown_split(eval_examples: int, seed: int, largest: int = MINI_LARGEST) -> tuple[list[dict], list[dict]]:
+    """All problems of two numbers of 1-30 with a positive target by +, - or *, as (train, held-out).
+
+    At most one problem of each pair of numbers is held out, so that what the pair comes to by +, - and * can be learned
+    from its other problems; when to choose which can't.
+    """
+    rng = random.Random(seed)
+    problems = []
+    for a, b in itertools.combinations_with_replacement(range(1, largest + 1), 2):
+        for target in sorted({a + b, b - a, a * b} - {0}):
+            problems.append({"nums": rng.sample([a, b], 2), "target": target})
+    rng.shuffle(problems)
+    train, heldout, pairs = [], [], set()
+    for problem in problems:
+        pair = tuple(sorted(problem["nums"]))
+        (train if pair in pairs or len(heldout) == eval_examples else heldout).append(problem)
+        pairs.add(pair)
+    if len(heldout) < eval_examples:
+        raise InputError(f"--eval-examples {eval_examples}: this task has at most {len(heldout)} held-out problems")
+    return train, heldout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+HUB_DATASETS = {"countdown": None, "gsm8k": ("openai/gsm8k", "main")}
+
+
+def load_task(
+    task: str,
+    *,
+    dataset: str | None = None,
+    prompt_format: str | None = None,
+    train_examples: int,
+    eval_examples: int,
+    seed: int,
+) -> tuple[list[dict], list[dict]]:
+    """Training and held-out examples of a task, disjoint.
+
+    `task` is `mini-countdown`, `countdown`, `gsm8k`, or a jsonl, json, csv or parquet file with a `prompt` column.
+    `dataset` (a hub id, a local folder or a file) takes the place of the task's own source. At most `train_examples`
+    and exactly `eval_examples` are returned, chosen and ordered by `seed`; a `test` split, where there is one, is what
+    is held out. Raises InputError for anything that can't be used.
+    """
+    if task == "mini-countdown":
+        if dataset:
+            raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it, or use --task countdown")
+        train, heldout = mini_countdown_split(eval_examples, seed)
+    elif task == "countdown" and dataset is None:
+        problems = countdown_problems(train_examples + eval_examples, seed)
+        train, heldout = problems[eval_examples:], problems[:eval_examples]
+    elif task in ("countdown", "gsm8k") or Path(task).suffix in FILE_TYPES:
+        columns = {"countdown": ["nums", "target"], "gsm8k": ["question", "answer"]}.get(task, ["prompt"])
+        source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
+        train, heldout = read_dataset(source, columns, eval_examples, seed)
+        train, heldout = [
+            [prepare_row(row, task, f"{source}, {name} row {i}") for i, row in rows] for name, rows in (train, heldout)
+        ]
+    else:
+        raise InputError(
+            f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a .jsonl, .json, .csv or .parquet file "
+            "with a `prompt` column"
+        )
+    prompt_format = prompt_format or task
+    if prompt_format in PROMPTS:
+        for example in train + heldout:
+            example["prompt"] = PROMPTS[prompt_format](example)
+    held = {example_key(example) for example in heldout}
+    train = [example for example in train if example_key(example) not in held]
+    if not train:
+        raise InputError(f"--task {task}: nothing is left to train on beside {len(heldout)} held-out examples; "
+                         "lower --eval-examples or bring more data")
+    random.Random(seed).shuffle(train)
+    return train[:train_examples], heldout
+
+
+def example_key(example: dict) -> tuple | str:
+    """Equal for examples that pose the same problem."""
+    if "nums" in example and "target" in example:
+        return countdown_key(example["nums"], example["target"])
+    return json.dumps(example["prompt"])
+
+
+def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int) -> tuple[list, list]:
+    """(train, held-out) of a file, a local folder or a hub data set, as lists of (row number from 1, row)."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        splits = {"train": read_jsonl(path)}
+    else:
+        splits = read_with_datasets(path, source)
+    numbered = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
+    train = numbered.get("train") or next(iter(numbered.values()))
+    if not train:
+        raise InputError(f"{source}: holds no rows; each needs the column(s) {', '.join(columns)}")
+    if missing := [column for column in columns if column not in train[0][1]]:
+        raise InputError(f"{source}: has no column {missing[0]!r}, only {', '.join(train[0][1])}; rename one of them")
+    heldout = numbered.get("test") or train
+    if len(heldout) < eval_examples:
+        raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} rows; lower it")
+    heldout = random.Random(seed).sample(heldout, eval_examples)
+    if "test" not in numbered:
+        held = {number for number, _ in heldout}
+        train = [(number, row) for number, row in train if number not in held]
+    return train, heldout
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """One JSON object a line; read here rather than by `datasets`, which can't say which line is bad."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: not an object but {line[:60]}; write {{\"prompt\": ...}}")
+        rows.append(row)
+    return rows
+
+
+def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
+    """Every split that `datasets.load_dataset` finds in a file, a local folder or on the hub."""
+    import datasets  # a second of import that the embedded task needn't pay
+
+    datasets.disable_progress_bars()
+    if not path.exists() and (path.suffix in FILE_TYPES or source.count("/") != 1 or source.startswith((".", "~", "/"))):
+        raise InputError(f"{source}: no such file or folder; check the path, or give a hub id such as openai/gsm8k")
+    if path.is_file() and path.suffix not in FILE_TYPES:
+        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{source}: is empty")
+    try:
+        if path.is_file():
+            splits = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=source)
+        elif path.is_dir():  # a clone of gsm8k keeps its two configurations in folders, of which `main` is wanted
+            splits = datasets.load_dataset(str(path / "main" if (path / "main").is_dir() else path))
+        else:
+            splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
+        return {name: split.to_list() for name, split in splits.items()}
+    except Exception as error:  # datasets, pyarrow, the hub and the network each have their own families of errors
+        raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+                         "give a local file or folder with --dataset, or check the id and the network") from error
+
+
+def prepare_row(row: dict, task: str, where: str) -> dict:
+    """The example made of one row, or an InputError that says where the bad row is."""
+    if task == "countdown":
+        nums, target = row["nums"], row["target"]
+        if not (isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])):
+            raise InputError(f"{where}: nums must be a list of at least two whole numbers and target a whole number, "
+                             f"not {nums!r} and {target!r}")
+        return {"nums": nums, "target": target}
+    if task == "gsm8k":
+        question, solution = row["question"], row["answer"]
+        if not (isinstance(question, str) and isinstance(solution, str) and "####" in solution):
+            raise InputError(f"{where}: question and answer must be text, the answer with its number after ####, "
+                             f"not {str(solution)[:60]!r}")
+        reasoning, answer = solution.rsplit("####", 1)
+        answer = answer.strip().replace(",", "")
+        completion = f"<think>{reasoning.strip()}</think>\n<answer>{answer}</answer>"
+        return {"question": question, "answer": answer, "completion": completion}
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return row
+    messages = prompt if isinstance(prompt, list) else []
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                               and isinstance(m.get("content"), str) for m in messages):
+        raise InputError(f"{where}: prompt must be text or a list of {{\"role\", \"content\"}} messages, not {prompt!r:.80}")
+    return row
+
+
+def demonstration(example: dict, rng: random.Random) -> str:
+    """A completion to imitate in the cold start: the example's own `completion`, or a blind countdown attempt."""
+    if "nums" in example:
+        return countdown_demonstration(example, rng)
+    if isinstance(example.get("completion"), str):
+        return example["completion"]
+    raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn from; add one, "
+                     "or drop the flag")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if not loop.last or "
+    "add_generation_prompt %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer, so that any text can be encoded, with one token for each word that mini-countdown uses."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    words = ["numbers ", " target ", " + ", " - ", " * ", " = ", "<think>", "</think>", "\n<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    # Longer numbers are spelled in digits: how many there are says much about the operator that a target needs.
+    numbers = [str(n) for n in range(10, MINI_LARGEST + 1)]
+    tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
+    special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def tiny_policy(seed: int) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
+    """A Qwen2 of under a million random parameters and its tokenizer, made in memory: nothing to download."""
+    tokenizer = tiny_tokenizer()
+    config = transformers.Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.08,  # with the usual 0.02 so small a model takes twice as long to learn its sums
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.Qwen2ForCausalLM(config), tokenizer
+
+
+def load_policy(
+    model: str, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The policy and its tokenizer: `embedded`, a local folder, or a hub id. Raises InputError when it can't be had."""
+    if model == "embedded":
+        policy, tokenizer = tiny_policy(seed)
+        return policy.to(device=device, dtype=dtype).eval(), tokenizer
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"--model {model}: the folder has no config.json; give the folder that from_pretrained opens")
+    if not folder.is_dir() and (model.count("/") != 1 or model.startswith((".", "~", "/"))):
+        raise InputError(f"--model {model}: no such folder, nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        policy = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the hub, the network, safetensors and custom code each have their own errors
+        reason = str(error).strip().splitlines() or [""]
+        hint = "check the files in it" if folder.is_dir() else "check the id and the network, or give a local folder"
+        raise InputError(f"--model {model}: can't be loaded ({type(error).__name__}: {reason[0][:200]}); {hint}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could ever end")
+    return policy.to(device).eval(), tokenizer

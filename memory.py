@@ -1,0 +1,723 @@
+"""What makes training every weight of a language model fit a small GPU, without giving up exactness.
+
+Log-probabilities that never hold the logits, 8-bit AdamW on exact float32 masters, gradients summed in
+float32, checkpointing of as many layers as needed, a reference policy that rests in host memory, and a plan
+that says beforehand what a run will take. Copy what you need: this file imports nothing of the project.
+Left out on purpose: several GPUs, LoRA, quantized weights, models whose logits are not hidden @ weight.T.
+
+    python memory.py --model Qwen/Qwen2.5-0.5B-Instruct --budget-gib 12
+"""
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import sdpa_attention
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# While imported on a CPU, bitsandbytes warns that a 4-bit kernel is missing; nothing here uses that kernel.
+_cpu_kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_cpu_kernels.setLevel(logging.ERROR)
+import bitsandbytes
+
+_cpu_kernels.setLevel(logging.NOTSET)
+
+HEAD_WORKSPACE = 256 * 2**20  # bytes of logits that token_logprobs holds at a time
+OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The head: log-probabilities without the logits
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See token_logprobs. The forward keeps one float a token; the backward makes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, rows, into_weight_grad):
+        logprobs, entropies, logsumexps = (
+            hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3)
+        )
+        for i in range(0, len(hidden), rows):
+            chunk = slice(i, i + rows)
+            z = (hidden[chunk] @ weight.T).float().div_(temperature)
+            top, argmax = z.max(-1, keepdim=True)
+            p = z.sub_(top).exp()
+            # The likeliest token's exp(0) = 1 is left to log1p: no two near-equal numbers are subtracted, and
+            # for a probability of 0.9999 log-probability and entropy have float32's precision too.
+            others = p.scatter_(-1, argmax, 0.0).sum(-1)
+            logprobs[chunk] = z.gather(-1, targets[chunk, None])[:, 0] - others.log1p()
+            entropies[chunk] = others.log1p() - p.mul_(z).sum(-1) / (1 + others)
+            logsumexps[chunk] = top[:, 0] + others.log1p()
+            del z, p  # else they would live on beside the next chunk's
+        ctx.save_for_backward(hidden, weight, targets, logsumexps)
+        ctx.options = temperature, rows, into_weight_grad
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, targets, logsumexps = ctx.saved_tensors
+        temperature, rows, into_weight_grad = ctx.options
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight.grad if into_weight_grad else None
+            if grad_weight is None:
+                grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+
+        for i in range(0, len(hidden), rows):
+            chunk = slice(i, i + rows)
+            z = (hidden[chunk] @ weight.T).float().div_(temperature)
+            # d logprob / d logits = (1 at the target) - softmax
+            g = grad_logprobs[chunk, None] / temperature
+            z.sub_(logsumexps[chunk, None]).exp_().mul_(-g).scatter_add_(-1, targets[chunk, None], g)
+            grad_logits = z.to(weight.dtype)
+            del z
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad_logits @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits, hidden[chunk])
+            del grad_logits
+
+        if into_weight_grad and grad_weight is not None:
+            weight.grad, grad_weight = grad_weight, None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total[V, H] (float32) += left[n, V].T @ right[n, H], in slices: no second V x H exists."""
+    step = max(1, 2**24 // right.shape[1])
+    for i in range(0, len(total), step):
+        total[i : i + step] += left[:, i : i + step].T @ right
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    into_weight_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and entropy of its distribution, without ever holding n x V logits.
+
+    hidden [n, H] and weight [V, H] of one dtype, targets [n] int64; logits = hidden @ weight.T / temperature.
+    The matrix product is in that dtype, as in a model's own head, and everything after it in float32.
+    Returns (logprobs [n], entropies [n]), float32, in nats; entropies carry no gradient.
+
+    chunk_size: rows of logits at a time; None picks it by bytes (HEAD_WORKSPACE), whatever V is.
+    into_weight_grad: add the gradient of `weight` (a Parameter) straight to weight.grad, in float32 (a bf16
+        weight needs sum_gradients_in_fp32 for that), and hand autograd none. Spares a V x H float32, which
+        tied embeddings would keep until the end of the backward pass and then add up through a third one
+        (0.8 GB for Qwen2.5-0.5B). Hooks on `weight` and torch.autograd.grad don't see this part.
+
+    Raises ValueError for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or targets.shape != hidden.shape[:1]:
+        shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
+        raise ValueError(f"token_logprobs: hidden [n, H], weight [V, H], targets [n] wanted, got {shapes}")
+    if into_weight_grad and not weight.is_leaf:
+        raise ValueError("token_logprobs: into_weight_grad needs a Parameter, a computed weight has no .grad")
+    # At most two float32 numbers, or one and its half-precision copy, exist for a logit at any time.
+    rows = chunk_size or max(1, HEAD_WORKSPACE // (8 * len(weight)))
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, rows, into_weight_grad)
+
+
+@torch.no_grad()
+def plain_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
+    """(backbone, head weight [V, H]) of a causal LM whose logits are just hidden @ weight.T.
+
+    It is proved, not looked up: the model's head runs on hidden states scaled until logits reach 100, where a
+    soft cap, a scale or whatever else lies between hidden states and logits shows. Call it once, at start-up.
+    Raises ValueError, with the cause where it is known, when logits are anything else.
+    """
+    name, backbone, head = type(model).__name__, model.base_model, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if backbone is model or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise ValueError(f"{name} has no backbone with a linear head; use a causal LM, like Qwen2ForCausalLM")
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{name}: its head has a bias, but logits must be just hidden @ weight.T")
+
+    def replace_output(module, args, output):
+        nonlocal hidden
+        hidden = output.last_hidden_state
+        hidden = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
+        output.last_hidden_state = hidden
+        return output
+
+    hidden, was_training = None, model.training
+    hook = backbone.register_forward_hook(replace_output)
+    try:
+        ids = torch.arange(3, device=weight.device)[None] % len(weight)
+        logits = model.eval()(ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+        model.train(was_training)
+
+    expected = F.linear(hidden, weight).float()
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=0.02, atol=0.02):
+        config = model.config.get_text_config()
+        suspects = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        found = [f"{key} is {getattr(config, key)}" for key in suspects if getattr(config, key, None)]
+        raise ValueError(
+            f"{name}: logits are not just hidden @ weight.T ({' and '.join(found) or 'cause unknown'}); "
+            "use a model with a plain head, like Qwen2, Qwen3, Llama or Mistral"
+        )
+    return backbone, weight
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
+    """Have autograd cast each gradient to float32 before it adds it to p.grad, whatever the dtype of p.
+
+    In a sum of bf16, with its 8 bits, most of the 85th micro-batch's gradient would be rounded away. Call it
+    once, before the first backward pass. Takes 4 bytes a parameter until zero_grad(set_to_none=True).
+    """
+    for p in params:
+        p.grad_dtype = torch.float32
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients in place to a global L2 norm of at most max_norm; None only measures.
+
+    Returns the norm before clipping, a 0-dim tensor: only reading it makes the host wait for the GPU.
+    """
+    params = list(params)
+    norm = get_total_norm([p.grad for p in params if p.grad is not None])
+    if max_norm is not None:
+        clip_grads_with_norm_(params, max_norm, norm)
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer: 8-bit moments, exact master weights
+
+
+def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Split float32 into (hi bf16, lo int16) of the same shape; join_fp32 restores every bit.
+
+    hi = (bits + 0x8000) >> 16 is the master rounded to nearest, ties away from zero; lo = bits - (hi << 16).
+    In memory a float32 is two int16, and lo is just the lower one, read as signed; hi is the upper one, plus
+    1 where lo is negative. No wider integer is needed, and none overflows.
+    Infinities stay themselves. Above 3.396e38 finite masters have an infinite hi, and a NaN's hi may be any
+    value; these too join to the same bits.
+    """
+    lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)  # every platform of torch is little-endian
+    hi = upper - (lo >> 15)  # lo >> 15 is -1 where lo is negative, else 0
+    return hi.view(torch.bfloat16).view(master.shape), lo.contiguous().view(master.shape)
+
+
+def join_fp32(hi: Tensor, lo: Tensor) -> Tensor:
+    """The float32 that split_fp32 took apart, bit for bit."""
+    upper = hi.view(torch.int16) + (lo >> 15)
+    return torch.stack((lo, upper), -1).view(torch.float32).view(hi.shape)
+
+
+class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+    """bitsandbytes' AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861) on exact float32 weights.
+
+    A bf16 parameter is the upper half of a float32 master whose lower half, the int16 `remainder`, is in the
+    optimizer's state. Without it a step of 1e-6 is lost on nearly every weight: near 0.02, bf16 steps by
+    1.2e-4. A step joins the halves, has the library's own kernel update them in float32, and splits them
+    again, a slice of a parameter at a time: the masters are bit for bit what the library makes of float32.
+    float32 parameters have no remainder. Gradients are float32 or of the parameter's dtype.
+
+    offload=True keeps remainder and moments (4 bytes a bf16 parameter) in host memory, pinned for CUDA; one
+    parameter's visit at a time. (torch rounds a pinned tensor up to a power of two of bytes.)
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        offload: bool = False,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.offload = offload
+        for p in self._params():
+            if p.dtype not in (torch.bfloat16, torch.float32):
+                raise ValueError(f"AdamW8bit: parameters must be bfloat16 or float32, not {p.dtype}")
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _rest(self, state: dict, p: nn.Parameter) -> dict:
+        """The state of p with its tensors copied to where they rest between steps."""
+        device, pinned = ("cpu", p.is_cuda) if self.offload else (p.device, False)
+        return {
+            k: torch.empty_like(x, device=device, pin_memory=pinned).copy_(x) if isinstance(x, Tensor) else x
+            for k, x in state.items()
+        }
+
+    def to_gpu(self) -> None:
+        """Nothing: the library's version, which runs before the first step, would undo the offload."""
+
+    def init_state(self, group, p, gindex, pindex):
+        super().init_state(group, p, gindex, pindex)
+        if p.dtype == torch.bfloat16:
+            self.state[p]["remainder"] = torch.zeros_like(p, dtype=torch.int16)
+        if self.offload:
+            self.state[p] = self._rest(self.state[p], p)
+
+    @torch.no_grad()
+    def update_step(self, group, p, gindex, pindex):
+        p.data = p.data.contiguous()
+        resting = self.state[p]
+        state = {
+            k: x.to(p.device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in resting.items()
+        }
+        weight, grad = p.detach().view(-1), p.grad.reshape(-1)
+
+        # The library updates a parameter in place by its entry in self.state: hand it a float32 stand-in.
+        for i in range(0, p.numel(), OPTIMIZER_SLICE):
+            piece, blocks = slice(i, i + OPTIMIZER_SLICE), slice(i // 256, (i + OPTIMIZER_SLICE) // 256)
+            part = {k: state[k].view(-1)[piece] for k in ("state1", "state2", "remainder") if k in state}
+            part |= {k: state[k][blocks] for k in ("absmax1", "absmax2") if k in state}
+            exact = "remainder" in part
+            master = join_fp32(weight[piece], part["remainder"]) if exact else weight[piece]
+            stand_in = nn.Parameter(master)
+            stand_in.grad = grad[piece].float()
+            self.state[stand_in] = {**state, **part}
+            try:
+                super().update_step(group, stand_in, gindex, pindex)
+            finally:
+                del self.state[stand_in]
+            if exact:
+                hi, lo = split_fp32(master)
+                weight[piece].copy_(hi)
+                part["remainder"].copy_(lo)
+
+        resting["step"] += 1
+        if self.offload:  # the library's step() waits for the GPU after each parameter: for these copies too
+            for key in part:
+                resting[key].copy_(state[key], non_blocking=True)
+
+    def state_dict(self) -> dict:
+        """As torch's optimizers give it: tensors, numbers, lists; torch.load(weights_only=True) reads it."""
+        saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
+        for i, state in saved["state"].items():
+            # qmap1 and qmap2, the 8-bit code, are the same constants for every parameter
+            saved["state"][i] = {k: x for k, x in state.items() if not k.startswith("qmap")}
+        return saved
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what state_dict() gave, bit for bit, onto a list of parameters like the one saved.
+
+        Each tensor keeps its dtype (torch and the library cast to the parameter's: 8-bit moments to bf16).
+        Raises ValueError when the state is of other parameters.
+        """
+        saved = [state_dict["state"].get(i, {}) for g in state_dict["param_groups"] for i in g["params"]]
+        params = self._params()
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+            raise ValueError(f"AdamW8bit: saved were {len(saved)} parameters, the model has {len(params)}")
+        for i, (p, state) in enumerate(zip(params, saved)):
+            half = p.dtype == torch.bfloat16
+            if state and (state["state1"].shape, "remainder" in state) != (p.shape, half):
+                was = f"the saved state is not of a {p.dtype} parameter of shape {list(p.shape)}"
+                raise ValueError(f"AdamW8bit: parameter {i}: {was}; load the model and dtype that were saved")
+        for group, saved_group in zip(groups, saved_groups):
+            group.update({k: v for k, v in saved_group.items() if k != "params"})
+        self.state.clear()
+        for p, state in zip(params, saved):
+            if state:
+                self.state[p] = self._rest(state, p)
+                if state["state1"].dtype == torch.uint8:
+                    self.state[p]["qmap1"] = self.name2qmap["dynamic"].to(p.device)
+                    self.state[p]["qmap2"] = self.name2qmap["udynamic"].to(p.device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+@contextmanager
+def checkpoint_layers(model: nn.Module, count: int | None) -> Iterator[None]:
+    """Within it, the first `count` decoder layers (None: all, 0: none) keep just their input for the backward
+    pass, which computes the rest again (Chen et al., arXiv 1604.06174). The forward pass goes inside, the
+    backward pass may come after, sampling stays outside.
+
+    These are transformers' own layers, but not its own switch: that one wants training mode, whose dropout
+    would part the trained log-probabilities from the sampled ones. Here the mode is left alone.
+    The first layers, because the activations of the last ones are freed first.
+    Raises ValueError when there are fewer such layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    count = len(layers) if count is None else count
+    if not 0 <= count <= len(layers):
+        raise ValueError(f"can't checkpoint {count} layers: {type(model).__name__} has {len(layers)}")
+    for layer in layers[:count]:  # no dropout, so no random state to keep
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers[:count]:
+            del layer.forward  # the class's own shows again
+
+
+def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """Indices of `lengths` (tokens), each once, in batches with rows x longest <= token_budget.
+
+    Neighbours in length meet, so little is padded. The longest come first, so what doesn't fit fails at once;
+    one that is longer than the budget is alone. micro_batches([3, 9, 4], 8) == [[1], [2, 0]].
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The reference policy
+
+
+class ReferencePolicy:
+    """A copy of a model's weights that takes no GPU memory: it rests in host memory, pinned for CUDA, and
+    trades places with the policy's weights, one parameter at a time, while it scores.
+
+        reference = ReferencePolicy(model)
+        with reference.swapped_in():
+            ...  # model computes with the reference's weights
+        reference.refresh()  # the current policy becomes the reference
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.swapped = False
+        # named_parameters() gives a tied weight once, so it is held and traded once
+        self.weights = {name: self._on_host(p) for name, p in model.named_parameters()}
+
+    @staticmethod
+    def _on_host(p: nn.Parameter) -> Tensor:
+        return torch.empty_like(p.data, device="cpu", pin_memory=p.is_cuda).copy_(p.data)
+
+    def _trade(self, name: str, p: nn.Parameter) -> None:
+        if p.device.type == "cpu":
+            p.data, self.weights[name] = self.weights[name], p.data
+        else:  # out first, then in: nothing more on the GPU, so coming back can't fail for want of its memory
+            leaving = self._on_host(p)
+            p.data.copy_(self.weights[name], non_blocking=True)
+            self.weights[name] = leaving
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within it the model has the reference's weights; after it, whatever happens, its own again."""
+        self._check_resting()
+        self.swapped, traded = True, []
+        try:
+            for name, p in self.model.named_parameters():
+                self._trade(name, p)
+                traded.append((name, p))
+            yield
+        finally:
+            for name, p in traded:
+                self._trade(name, p)
+            self.swapped = False
+
+    def _check_resting(self) -> None:
+        if self.swapped:
+            raise RuntimeError("ReferencePolicy: its weights are in the model now; leave swapped_in() first")
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the current policy into the reference."""
+        self._check_resting()
+        for name, p in self.model.named_parameters():
+            self.weights[name].copy_(p)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The reference's weights by parameter name, on the host: the tensors themselves, no copies."""
+        self._check_resting()
+        return dict(self.weights)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Take over what state_dict() gave. Raises ValueError when names or shapes differ."""
+        self._check_resting()
+        if {k: x.shape for k, x in state_dict.items()} != {k: x.shape for k, x in self.weights.items()}:
+            raise ValueError("ReferencePolicy: the saved weights' names or shapes are not this model's")
+        for name, weight in state_dict.items():
+            self.weights[name].copy_(weight)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+class DoesNotFit(ValueError):
+    """Nothing that may be chosen fits the memory budget; the message says what else would help."""
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes of tensors that a run holds, part by part, and the choices that make it fit."""
+
+    weights: int
+    remainder: int  # lower halves of the float32 masters
+    moments: int
+    gradients: int
+    activations: int  # kept for the backward pass of one micro-batch
+    head: int  # token_logprobs: a chunk of logits, and what it takes and gives a token
+    layer: int  # backward through one layer, and its activations where they are computed again
+    embedding: int  # its gradient as it arrives: dense, in the model's dtype and in float32
+    step: int  # the slice being updated; with offload, one parameter's state on a visit
+    kv_cache: int
+    sampler: int  # logits of all rows and what sampling makes of them, or the prefill
+    host_reference: int
+    host_optimizer: int
+    micro_batch_tokens: int
+    checkpointed_layers: int
+    layers: int
+    max_rows: int
+    memory_budget_bytes: int
+
+    @property
+    def rollout_peak_bytes(self) -> int:
+        return self.weights + self.remainder + self.moments + self.kv_cache + self.sampler
+
+    @property
+    def update_peak_bytes(self) -> int:
+        work = max(self.activations + max(self.head, self.layer), self.embedding, self.step)
+        return self.weights + self.remainder + self.moments + self.gradients + work
+
+    @property
+    def fits(self) -> bool:
+        return max(self.rollout_peak_bytes, self.update_peak_bytes) <= self.memory_budget_bytes
+
+    def table(self) -> str:
+        """For people: a line a part, in GB (10^9 bytes), a column for sampling and one for the update."""
+        checkpointed = f"{self.checkpointed_layers} of {self.layers} layers checkpointed"
+        rows = [
+            ("weights", self.weights, self.weights),
+            ("lower halves of the float32 masters", self.remainder, self.remainder),
+            ("Adam moments, 8-bit", self.moments, self.moments),
+            ("gradients, float32", None, self.gradients),
+            (f"KV cache, {self.max_rows} rows", self.kv_cache, None),
+            ("sampler: logits or prefill", self.sampler, None),
+            (f"activations, {self.micro_batch_tokens} tokens, {checkpointed}", None, self.activations),
+            ("  with them: the head, a chunk of logits at a time", None, self.head),
+            ("  or with them: backward through a layer", None, self.layer),
+            ("or instead: the embedding's gradient", None, self.embedding),
+            ("or instead: the optimizer's step", None, self.step),
+            ("peak", self.rollout_peak_bytes, self.update_peak_bytes),
+            ("budget", self.memory_budget_bytes, self.memory_budget_bytes),
+            ("host memory: reference policy", self.host_reference, self.host_reference),
+            ("host memory: optimizer", self.host_optimizer, self.host_optimizer),
+        ]
+        width = max(len(name) for name, *_ in rows)
+        lines = [f"{'GB':<{width}}  rollout   update"]
+        for name, *columns in rows:
+            cells = (f"{'-':>8}" if x is None else f"{x / 1e9:8.2f}" for x in columns)
+            lines.append(f"{name:<{width}} {' '.join(cells)}")
+        return "\n".join(lines)
+
+
+def plan(
+    model_config: PreTrainedConfig,
+    *,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    prompts: int,
+    group_size: int,
+    dtype: torch.dtype,
+    memory_budget_bytes: int,
+    offload_optimizer: bool = False,
+    reference: bool = False,
+    top_entropy: float = 1.0,
+    updates_per_batch: int = 1,
+    micro_batch_tokens: int | None = None,
+    checkpointed_layers: int | None = None,
+    max_rows: int | None = None,
+) -> MemoryPlan:
+    """What full-parameter training of this model takes, with the fastest choices that fit the budget.
+
+    memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. The last three
+    arguments are choices: those given are kept, the others made, with as many sampler rows as fit and the
+    micro-batch and checkpointing of least work. It needs only the config, of a decoder built like Llama or
+    Qwen, and assumes a loop that uses all of this file, token_logprobs with into_weight_grad.
+    Raises DoesNotFit, in one line that names the flag that would help.
+    """
+    asked = SimpleNamespace(**{key: value for key, value in locals().items() if key != "model_config"})
+    config = model_config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
+    asked.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
+
+    best = _fastest(config, sizes, asked)
+    if best.fits:
+        return best
+    shorter = {"max_new_tokens": max(1, max_new_tokens // 4)}
+    remedies = {
+        "leaving rows, micro-batch and checkpointing to the plan":
+            {"max_rows": None, "micro_batch_tokens": None, "checkpointed_layers": None},
+        "--offload-optimizer": {"offload_optimizer": True},
+        f"a shorter --max-new-tokens, such as {shorter['max_new_tokens']}": shorter,
+        "--offload-optimizer with a shorter --max-new-tokens": {"offload_optimizer": True, **shorter},
+    }
+    helps = [words for words, change in remedies.items()
+             if _fastest(config, sizes, SimpleNamespace(**{**vars(asked), **change})).fits]
+    peaks = {"update": best.update_peak_bytes, "rollout": best.rollout_peak_bytes}
+    over = [f"the {what} takes {x / 1e9:.1f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
+    raise DoesNotFit(
+        f"at the least {' and '.join(over)}, but the budget is {memory_budget_bytes / 1e9:.1f} GB: "
+        f"try {[*helps, 'a smaller --model'][0]}"
+    )
+
+
+def _fastest(config: PreTrainedConfig, sizes: list[int], asked: SimpleNamespace) -> MemoryPlan:
+    """The plan of least work among those that fit, or else the smallest one."""
+    episode, episodes = asked.prompt_tokens + asked.max_new_tokens, asked.prompts * asked.group_size
+    most = max(episode, min(2**15, math.ceil(episodes / asked.updates_per_batch) * episode))
+    tokens = [asked.micro_batch_tokens or episode]
+    if asked.micro_batch_tokens is None:
+        tokens += [2**i for i in range(6, 16) if episode < 2**i < most] + [most]
+    layers = config.num_hidden_layers
+    checkpointed = range(layers, -1, -1) if asked.checkpointed_layers is None else [asked.checkpointed_layers]
+    rows = range(episodes, 0, -1) if asked.max_rows is None else [asked.max_rows]
+
+    def work(p: MemoryPlan) -> float:
+        # A token's forward pass is 1 and its backward pass 2; checkpointed layers' forward is done twice. A
+        # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
+        return (3 + p.checkpointed_layers / layers) * (1 + 400 / p.micro_batch_tokens)
+
+    plans = [_bytes(config, sizes, asked, tokens[0], checkpointed[0], r) for r in rows]
+    few = next((p for p in plans if p.rollout_peak_bytes <= asked.memory_budget_bytes), plans[-1]).max_rows
+    plans = [_bytes(config, sizes, asked, t, k, few) for t in tokens for k in checkpointed]
+    fitting = [p for p in plans if p.update_peak_bytes <= asked.memory_budget_bytes]
+    return min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
+
+
+def _bytes(
+    c: PreTrainedConfig, sizes: list[int], asked: SimpleNamespace, tokens: int, checkpointed: int, rows: int
+) -> MemoryPlan:
+    """The plan of these choices. Each line was checked against living tensors by tests/bench_memory.py."""
+    byte, layers, vocab, wide, heads = (
+        asked.dtype.itemsize, c.num_hidden_layers, c.vocab_size, c.hidden_size, c.num_attention_heads
+    )
+    head_dim = getattr(c, "head_dim", None) or wide // heads
+    queries, keys = heads * head_dim, (getattr(c, "num_key_value_heads", None) or heads) * head_dim
+    inner = getattr(c, "intermediate_size", None) or 4 * wide
+    episode = asked.prompt_tokens + asked.max_new_tokens
+
+    remainder = 2 * sum(sizes) if asked.dtype == torch.bfloat16 else 0
+    # A byte each and a float32 a block of 256; the library keeps moments of small parameters in float32.
+    moments = sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
+    in_host = remainder + moments if asked.offload_optimizer else 0
+    visiting = in_host * max(sizes) // sum(sizes)
+
+    padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
+    counted = int(padded * asked.top_entropy)
+    norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
+    kept = 2 * norm + byte * (2 * queries + 2 * keys + 4 * inner) + 4 * heads
+    if asked.query_norms:  # Qwen3 normalises queries and keys as well
+        kept += (4 + byte) * (queries + keys)
+    again = kept if checkpointed == layers else 0
+    weight_gradient = wide * inner * (byte + 4 if byte < 4 else 4)
+
+    # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
+    waiting = rows < asked.prompts * asked.group_size
+    columns = episode + (asked.max_new_tokens // 2 if waiting else 0)
+    kv_token = 2 * keys * byte * layers
+    kv_cache = rows * columns * kv_token
+    # One buffer is copied when rows leave. Older transformers (5.17) also repeats a layer's keys and values
+    # for each query head while it decodes.
+    copies = 1 if hasattr(sdpa_attention, "pack_gqa") else max(1, 2 * queries // keys)
+    prefill = math.ceil(rows / asked.group_size) * asked.prompt_tokens * (kv_token + 3 * byte * inner)
+    return MemoryPlan(
+        weights=byte * sum(sizes),
+        remainder=0 if asked.offload_optimizer else remainder,
+        moments=0 if asked.offload_optimizer else moments,
+        gradients=4 * sum(sizes),
+        activations=padded * ((layers - checkpointed) * kept + checkpointed * byte * wide),
+        head=min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
+        layer=padded * (again + 2 * byte * wide) + max(padded * 2 * byte * inner, weight_gradient),
+        embedding=vocab * wide * (byte + 4 if byte < 4 else 4),
+        step=visiting + 16 * OPTIMIZER_SLICE,
+        kv_cache=kv_cache,
+        sampler=max(rows * vocab * (byte + 12) + copies * kv_cache // (2 * layers), prefill),
+        host_reference=byte * sum(sizes) if asked.reference else 0,
+        host_optimizer=in_host,
+        micro_batch_tokens=tokens,
+        checkpointed_layers=checkpointed,
+        layers=layers,
+        max_rows=rows,
+        memory_budget_bytes=asked.memory_budget_bytes,
+    )
+
+
+def detect_budget_bytes(device: torch.device | str) -> int:
+    """Bytes that tensors may take on a device: what is free or ours already, less 5% for the allocator's
+    fragments on CUDA (whose context is in place by then), less 20% on a CPU, where others need memory too.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(0.95 * (free + torch.cuda.memory_reserved(device)))
+    try:
+        with open("/proc/meminfo") as lines:
+            available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(0.8 * available)
+
+
+def main() -> int:
+    """Print the plan for a model and a memory size: the defaults are those of the recipe `improved`."""
+    parser = argparse.ArgumentParser(description="what training a model will take, part by part")
+    parser.add_argument("--model", required=True, help="folder or hub id; only its config is read")
+    parser.add_argument("--budget-gib", type=float, required=True, help="memory for tensors, in GiB")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="tokens of the longest answer")
+    parser.add_argument("--prompt-tokens", type=int, default=150, help="tokens of the longest prompt")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts a step")
+    parser.add_argument("--group-size", type=int, default=8, help="answers to each")
+    parser.add_argument("--top-entropy", type=float, default=0.2, help="share of the tokens that count")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--offload-optimizer", action="store_true", help="keep its state in host memory")
+    settings = vars(parser.parse_args())
+    model, gib, dtype = (settings.pop(key) for key in ("model", "budget_gib", "dtype"))
+    settings |= {"dtype": getattr(torch, dtype), "memory_budget_bytes": int(gib * 2**30)}
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        print(f"{model}: neither a folder with a config nor a hub id that can be read ({why})", file=sys.stderr)
+        return 2
+    try:
+        print(plan(config, reference=True, **settings).table())
+    except ValueError as error:  # DoesNotFit, or a config that is no causal LM's
+        print(f"{model}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

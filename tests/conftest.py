@@ -1,0 +1,25 @@
+"""What several test files share: the hub is never asked, and a small Qwen2 folder to load from."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(tmp_path_factory):
+    """A Qwen2 of random weights with its tokenizer, saved as a user would have it on disk."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    model, tokenizer = data.tiny_policy(seed=1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,432 @@
+"""The algorithm, each part against an independent answer: numpy loops, float64 formulas, Hugging Face's generate."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import grpo_scratch as g
+import memory
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_every_recipe_makes_a_valid_config():
+    for recipe in g.RECIPES:
+        assert g.make_config(recipe).recipe == recipe
+
+
+def test_a_flag_beats_its_recipe_and_a_recipe_beats_the_default():
+    config = g.parse_command_line(["--recipe", "lm-book", "--group-size", "5"])
+    assert (config.group_size, config.clip_low, config.prompts_per_step) == (5, 0.1, 4)
+    assert g.Config().clip_low == 0.2
+
+
+def test_without_cuda_the_recipe_is_tiny():
+    assert g.make_config().recipe == ("improved" if torch.cuda.is_available() else "tiny")
+
+
+def test_help_lists_every_flag_in_a_group(capsys):
+    with pytest.raises(SystemExit) as stop:
+        g.parse_command_line(["--help", "--recipe", "improved"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(g.Config))
+    assert all(f"\n{title}:" in text for title in g.GROUPS.values())
+    assert "default: 1e-05" in text  # improved's learning rate, not Config's
+
+
+@pytest.mark.parametrize("override, told", [
+    ({"recipe": "nano"}, "nano-aha"), ({"group_size": 1}, "--group-size 1: must be at least 2"),
+    ({"temperature": 0.0}, "--temperature 0.0: must be above 0"), ({"top_entropy": 1.5}, "at most 1"),
+    ({"dtype": "float16"}, "bfloat16, float32"), ({"grop_size": 8}, "no such setting"),
+    ({"clip_low": 1.5}, "at most 1"), ({"adam_betas": [0.9]}, "two numbers"), ({"learning_rate": math.nan}, "at least 0"),
+    ({"prompt_format": "poem"}, "countdown"), ({"beta": -1.0}, "at least 0"),
+])
+def test_bad_settings_are_refused_with_what_is_allowed(override, told):
+    with pytest.raises(g.InputError, match=told):
+        g.make_config(**override)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages, weights, mask
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), std=st.sampled_from(["population", "sample", "none"]), eps=st.sampled_from([1e-6, 1e-4]))
+def test_advantages_equal_a_loop_over_groups_in_numpy(data, std, eps):
+    groups = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=1, max_size=30)))
+    rewards = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0, 1.1, -1.0]),
+                                          min_size=len(groups), max_size=len(groups))))
+    expected = np.zeros(len(groups))
+    for group in set(groups.tolist()):
+        r = rewards[groups == group]
+        if len(r) > 1 and len(set(r.tolist())) > 1:
+            scale = {"population": r.std() + eps, "sample": r.std(ddof=1) + eps, "none": 1.0}[std] if len(r) > 1 else 1.0
+            expected[groups == group] = (r - r.mean()) / scale
+    got = g.group_advantages(torch.tensor(rewards), torch.tensor(groups), std, eps)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_rewards_and_a_group_of_one_have_exactly_no_advantage():
+    rewards = torch.tensor([0.1] * 3 + [0.7] * 7 + [5.0])
+    groups = torch.tensor([0] * 3 + [1] * 7 + [2])
+    for std in ("population", "sample", "none"):
+        assert g.group_advantages(rewards, groups, std).count_nonzero() == 0
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
+def test_token_weights_are_the_three_averages(lengths):
+    values = [torch.rand(n, dtype=torch.float64) for n in lengths]
+    averages = {
+        "token": torch.cat(values).mean(),
+        "sequence": torch.stack([v.mean() for v in values]).mean(),
+        "constant": torch.stack([v.sum() / 64 for v in values]).mean(),
+    }
+    for aggregation, expected in averages.items():
+        weights = g.token_weights(torch.tensor(lengths), aggregation, max_new_tokens=64)
+        got = sum(w * v.sum() for w, v in zip(weights.double(), values))
+        assert float(got) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_an_unknown_aggregation_is_refused():
+    with pytest.raises(g.InputError, match="'token', 'sequence'"):
+        g.token_weights(torch.tensor([3]), "mean")
+
+
+@given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=200), st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.8, 1.0]))
+def test_the_mask_keeps_what_reaches_the_quantile(entropies, fraction):
+    x = np.array(entropies, dtype=np.float32)
+    got = g.high_entropy_mask(torch.from_numpy(x), fraction).numpy()
+    threshold = np.quantile(x.astype(np.float64), 1 - fraction, method="higher")
+    assert (got == (x >= threshold)).all()
+
+
+def test_the_mask_keeps_a_fifth_of_distinct_entropies():
+    assert g.high_entropy_mask(torch.randperm(1000).float(), 0.2).sum() == 200
+    assert g.high_entropy_mask(torch.zeros(0), 0.2).shape == (0,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def naive_loss(logprobs, lengths, advantages, old, ref, aggregation, max_new, low, high, beta):
+    """GRPO on padded [B, T] tensors in float64, token by token, as one would write it on a blackboard."""
+    per_answer, total = [], 0
+    for b, n in enumerate(lengths):
+        terms = []
+        for t in range(n):
+            a, lp = advantages[b], logprobs[b, t]
+            if old is None:
+                surrogate = a * torch.exp(lp - lp.detach())
+            else:
+                ratio = torch.exp(lp - old[b, t])
+                inside = min(max(ratio, torch.tensor(1.0 - low).double()), torch.tensor(1.0 + high).double(), key=float)
+                surrogate = min(ratio * a, inside * a, key=float)
+            kl = torch.exp(ref[b, t] - lp) - (ref[b, t] - lp) - 1 if ref is not None else 0.0
+            terms.append(surrogate - beta * kl)
+        per_answer.append(sum(terms))
+        total += n
+    if aggregation == "token":
+        return -sum(per_answer) / total
+    if aggregation == "sequence":
+        return -sum(x / n for x, n in zip(per_answer, lengths)) / len(lengths)
+    return -sum(x / max_new for x in per_answer) / len(lengths)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("with_old", [False, True])
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_loss_and_gradient_equal_a_naive_padded_float64_one(aggregation, with_old, with_ref):
+    lengths, T = [3, 7, 1, 5], 7
+    logprobs = -torch.rand(4, T, dtype=torch.float64) * 2
+    old = logprobs + 0.4 * torch.randn(4, T, dtype=torch.float64) if with_old else None
+    ref = logprobs + 0.4 * torch.randn(4, T, dtype=torch.float64) if with_ref else None
+    advantages = torch.tensor([1.2, -0.7, 0.3, -1.1], dtype=torch.float64)
+    real = torch.arange(T) < torch.tensor(lengths)[:, None]
+    weights = g.token_weights(torch.tensor(lengths), aggregation, 16)[:, None].expand(4, T)
+
+    naive_input = logprobs.clone().requires_grad_()
+    expected = naive_loss(naive_input, lengths, advantages, old, ref, aggregation, 16, 0.2, 0.3, 0.05)
+    expected.backward()
+    ours_input = logprobs.clone().requires_grad_()
+    pick = lambda x: x[real] if x is not None else None  # noqa: E731
+    loss, stats = g.grpo_loss(
+        ours_input[real], advantages[:, None].expand(4, T)[real], weights[real].double(), pick(old), pick(ref), 0.2, 0.3, 0.05
+    )
+    loss.backward()
+    torch.testing.assert_close(ours_input.grad, naive_input.grad, rtol=1e-6, atol=1e-12)
+    if with_old:  # without, the losses differ by a constant: A * log pi in the place of A * 1
+        assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert set(stats) == {"clip_fraction"} * with_old | {"kl"} * with_ref if False else True
+    assert ("clip_fraction" in stats, "kl" in stats) == (with_old, with_ref)
+
+
+def test_the_on_policy_shortcut_has_the_gradient_of_the_ratio():
+    logprobs = (-torch.rand(50)).requires_grad_()
+    advantages, weights = torch.randn(50), torch.rand(50)
+    short = torch.autograd.grad(g.grpo_loss(logprobs, advantages, weights)[0], logprobs)[0]
+    ratio = torch.autograd.grad(g.grpo_loss(logprobs, advantages, weights, logprobs.detach())[0], logprobs)[0]
+    torch.testing.assert_close(short, ratio)
+
+
+def test_clip_fraction_counts_the_tokens_whose_gradient_is_cut():
+    logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.0]).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    loss, stats = g.grpo_loss(logprobs, advantages, torch.ones(5), torch.zeros(5))
+    loss.backward()
+    assert (logprobs.grad == 0).tolist() == [True, False, False, True, False]
+    assert float(stats["clip_fraction"]) == pytest.approx(2 / 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def tiny_model(kind: str):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=None,
+                 eos_token_id=None, pad_token_id=None, head_dim=8)
+    config = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
+    torch.manual_seed(7)
+    return transformers.AutoModelForCausalLM.from_config(config(**sizes)).eval()
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [5, 5, 9, 30], [41] * 9]
+
+
+def answers_of_generate(model, eos, max_new_tokens):
+    """One prompt at a time, so that no padding is involved."""
+    answers = []
+    for prompt in PROMPTS:
+        out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=0)
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_greedy_equals_generate_for_mixed_prompts_that_end_at_different_times(kind):
+    model = tiny_model(kind)
+    free = answers_of_generate(model, None, 20)
+    eos = [free[0][4], free[2][9]]  # tokens that are known to come up, so that rows end early
+    expected = answers_of_generate(model, eos, 20)
+    assert len({len(answer) for answer in expected}) > 2
+    for max_rows in (None, 1, 2, 4):  # all at once, and with waiting prompts taking the places of finished ones
+        got = g.sample(model, PROMPTS, max_new_tokens=20, temperature=0, eos_token_id=eos, pad_token_id=0, max_rows=max_rows)
+        assert [c.ids for c in got] == expected
+        assert [c.finished for c in got] == [answer[-1] in eos for answer in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_recorded_logprobs_and_entropies_are_those_of_a_teacher_forced_pass(temperature):
+    model = tiny_model("qwen2")
+    got = g.sample(model, PROMPTS, group_size=3, max_new_tokens=12, temperature=temperature, eos_token_id=[3, 4],
+                   pad_token_id=0, max_rows=5)
+    assert len(got) == 18
+    for i, c in enumerate(got):
+        prompt = PROMPTS[i // 3]
+        logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1].double() / temperature
+        expected = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(torch.tensor(c.logprobs).double(), expected.log_prob(torch.tensor(c.ids)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(c.entropies).double(), expected.entropy(), rtol=0, atol=1e-4)
+
+
+def test_sampled_frequencies_are_the_models_probabilities():
+    model = tiny_model("qwen2")
+    temperature, n = 2.0, 6000
+    got = g.sample(model, [[5, 6, 7]], group_size=n, max_new_tokens=1, temperature=temperature, eos_token_id=0,
+                   pad_token_id=0, generator=torch.Generator().manual_seed(0))
+    p = (model(torch.tensor([[5, 6, 7]])).logits[0, -1].double() / temperature).softmax(-1)
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in got]), minlength=64)
+    common = p * n >= 5  # the chi-square test wants five expected in each bin; the rest share one
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([p[common], p[~common].sum()[None]]) * n
+    chi_square = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    degrees = len(expected) - 1
+    assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # four standard deviations above its mean
+
+
+def test_a_seed_repeats_the_samples():
+    model = tiny_model("qwen2")
+    draw = lambda seed: g.sample(model, PROMPTS, group_size=2, max_new_tokens=8, eos_token_id=3, pad_token_id=0,  # noqa: E731
+                                 generator=torch.Generator().manual_seed(seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_sampling_refuses_what_it_would_get_wrong():
+    model = tiny_model("qwen2")
+    with pytest.raises(g.InputError, match="at least one token"):
+        g.sample(model, [[1], []], max_new_tokens=2, eos_token_id=0, pad_token_id=0)
+    model.config.layer_types, model.config.sliding_window = ["sliding_attention"] * 2, 8
+    with pytest.raises(g.InputError, match="window 8"):
+        g.sample(model, [[1] * 6], max_new_tokens=4, eos_token_id=0, pad_token_id=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def a_policy():
+    model, tokenizer = data.tiny_policy(seed=3)
+    model.eval()
+    backbone, head = memory.plain_head(model)
+    memory.sum_gradients_in_fp32(model.parameters())
+    return g.Policy(model, tokenizer, backbone, head, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+
+
+def some_episodes(policy, group_size=4, seed=0):
+    """Real samples with made-up rewards, so that every group has spread."""
+    torch.manual_seed(seed)
+    prompts = [[40, 41, 42], [50] * 9, [60, 61]]
+    completions = g.sample(policy.model, prompts, group_size=group_size, max_new_tokens=11,
+                           eos_token_id=list(range(60)), pad_token_id=0)
+    return [g.Episode({}, i // group_size, prompts[i // group_size], c, "", float(i % 3), {"r": float(i % 3)}, float(i % 3) - 0.9)
+            for i, c in enumerate(completions)]
+
+
+class RecordedStep:
+    """Stands where the optimizer would, and keeps the gradients it is given."""
+
+    def __init__(self, model):
+        self.model, self.gradients, self.param_groups = model, [], [{"lr": 0.0}]
+
+    def step(self):
+        self.gradients.append([p.grad.clone() for p in self.model.parameters()])
+
+    def zero_grad(self, set_to_none):
+        for p in self.model.parameters():
+            p.grad = None
+
+
+def gradients_of_update(policy, config, micro_batch_tokens, reference=None, checkpointed_layers=0, episodes=None):
+    optimizer = RecordedStep(policy.model)
+    plan = SimpleNamespace(micro_batch_tokens=micro_batch_tokens, checkpointed_layers=checkpointed_layers)
+    lessons = g.make_lessons(episodes or some_episodes(policy), config)
+    metrics = g.update(policy, reference, optimizer, lessons, config, plan)
+    return optimizer.gradients, metrics
+
+
+def update_config(**overrides):
+    return g.make_config("improved", **{"max_grad_norm": 0.0, "beta": 0.0, "temperature": 1.0, "top_entropy": 1.0,
+                                        "max_new_tokens": 11, **overrides})
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(), dict(aggregation="sequence"), dict(aggregation="constant"), dict(top_entropy=0.3), dict(temperature=0.7),
+    dict(updates_per_batch=2, clip_low=0.1), dict(beta=0.1),
+])
+def test_micro_batches_of_any_size_add_up_to_the_whole_batch(overrides):
+    policy = a_policy()
+    config = update_config(**overrides)
+    reference = memory.ReferencePolicy(policy.model) if config.beta else None
+    if reference:
+        for w in reference.weights.values():
+            w.mul_(1.02)
+    whole, whole_metrics = gradients_of_update(policy, config, 10**6, reference)
+    for tokens, layers in ((1, 0), (30, None), (64, 2)):
+        parts, metrics = gradients_of_update(policy, config, tokens, reference, layers)
+        for a, b in zip(whole[-1], parts[-1]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+        assert metrics["loss"] == pytest.approx(whole_metrics["loss"], rel=1e-4, abs=1e-6)
+        if config.beta:
+            assert metrics["kl"] == pytest.approx(whole_metrics["kl"], rel=1e-4) and metrics["kl"] > 0
+
+
+def test_the_updates_gradient_is_that_of_plain_autograd_through_the_models_own_logits():
+    policy, config = a_policy(), update_config(temperature=0.8)
+    episodes = some_episodes(policy)
+    got, _ = gradients_of_update(policy, config, 40, episodes=episodes)
+    total = sum(len(e.completion.ids) for e in episodes)
+    loss = 0
+    for e in episodes:
+        ids = torch.tensor([e.prompt + e.completion.ids])
+        logprobs = (policy.model(ids).logits[0].double() / 0.8).log_softmax(-1)
+        for t, token in enumerate(e.completion.ids):
+            loss = loss - e.advantage * logprobs[len(e.prompt) - 1 + t, token] / total
+    for p, ours in zip(policy.model.parameters(), got[0]):
+        torch.testing.assert_close(ours, torch.autograd.grad(loss, p, retain_graph=True)[0], rtol=1e-3, atol=1e-6)
+
+
+def test_only_completion_tokens_of_high_entropy_count():
+    policy = a_policy()
+    episodes = some_episodes(policy)
+    lessons = g.make_lessons(episodes, update_config(top_entropy=0.3))
+    entropies = np.concatenate([e.completion.entropies for e in episodes])
+    kept = {(id(l.completion), t) for l in lessons for t in range(len(l.completion)) if l.counts[t]}  # noqa: E741
+    threshold = np.quantile(entropies, 0.7, method="higher")
+    expected = {(id(e.completion.ids), t) for e in episodes for t, h in enumerate(e.completion.entropies)
+                if np.float32(h) >= np.float32(threshold) and e.advantage != 0}
+    assert kept == expected
+    assert all(len(l.counts) == len(l.completion) for l in lessons)  # noqa: E741
+
+
+def test_groups_without_spread_are_dropped_but_keep_their_place_in_the_denominator():
+    policy = a_policy()
+    episodes = some_episodes(policy)
+    for e in episodes[:4]:
+        e.advantage = 0.0
+    lessons = g.make_lessons(episodes, update_config())
+    assert len(lessons) == 8
+    assert lessons[0].weight == pytest.approx(1 / sum(len(e.completion.ids) for e in episodes))
+    assert len(g.make_lessons(episodes, update_config(beta=0.1))) == 12  # a KL term acts on them too
+
+
+def test_running_out_of_memory_changes_nothing_but_the_micro_batch(monkeypatch, capsys):
+    policy, config = a_policy(), update_config(updates_per_batch=2)
+    episodes = some_episodes(policy)
+    expected, _ = gradients_of_update(policy, config, 80, episodes=episodes)
+    real, calls = memory.token_logprobs, []
+
+    def sometimes_full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (2, 5, 14):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(memory, "token_logprobs", sometimes_full)
+    got, _ = gradients_of_update(policy, config, 80, episodes=episodes)
+    assert len(got) == len(expected) == 2
+    for a, b in zip(expected[1], got[1]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    assert capsys.readouterr().err.count("out of memory") == 3
+
+
+def test_running_out_of_memory_at_the_smallest_setting_gives_up_with_the_plan(monkeypatch):
+    policy = a_policy()
+    monkeypatch.setattr(memory, "token_logprobs", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    plan = SimpleNamespace(micro_batch_tokens=64, checkpointed_layers=0, table=lambda: "THE PLAN")
+    with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
+        config = update_config()
+        g.update(policy, None, RecordedStep(policy.model), g.make_lessons(some_episodes(policy), config), config, plan)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    policy, config = a_policy(), update_config()
+    episodes = some_episodes(policy)
+    episodes[1].advantage = math.inf
+    gradients, metrics = gradients_of_update(policy, config, 100, episodes=episodes)
+    assert gradients == [] and metrics["bad_updates"] == 1
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_sampler_and_update_agree_on_logprobs(beta):
+    policy = a_policy()
+    episodes = some_episodes(policy)
+    lessons = g.make_lessons(episodes, update_config())
+    with torch.no_grad():
+        logprobs, entropies = g.lesson_logprobs(policy, lessons, 1.0)
+    by_id = {id(e.completion.ids): e.completion for e in episodes}
+    expected = [by_id[id(l.completion)] for l in lessons]  # noqa: E741
+    torch.testing.assert_close(logprobs, torch.tensor([x for c in expected for x in c.logprobs]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropies, torch.tensor([x for c in expected for x in c.entropies]), rtol=0, atol=1e-4)

@@ -1,0 +1,723 @@
+"""memory.py: what it computes is exact, what it holds is as planned; against independent answers."""
+
+import copy
+import io
+import math
+import struct
+import sys
+from itertools import pairwise
+
+import bitsandbytes
+import pytest
+import torch
+from bench_memory import LiveBytes
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import memory
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}
+PLAIN = {
+    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, True),
+    "qwen2-untied": (Qwen2Config, Qwen2ForCausalLM, False),
+    "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True),
+    "llama-untied": (LlamaConfig, LlamaForCausalLM, False),
+}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def tiny(name="qwen2-tied", dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    config, model, tied = PLAIN[name]
+    return model(config(**{**SMALL, "tie_word_embeddings": tied, **changes})).to(dtype).eval()
+
+
+def bits(x):
+    return x.detach().contiguous().view(torch.uint8)
+
+
+def same(a, b):
+    """Bit for bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------
+
+
+def naive(hidden, weight, targets, temperature):
+    """logprobs, entropies and the logprobs' gradients by the textbook, in float64."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logprobs = (hidden @ weight.T / temperature).log_softmax(-1)
+    return logprobs[range(len(targets)), targets], -(logprobs.exp() * logprobs).sum(-1), hidden, weight
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
+@pytest.mark.parametrize("chunk_size", [1, 7, 50, 1000, None])
+def test_values_and_both_gradients_equal_the_naive_formula_in_float64(temperature, chunk_size):
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(50, 32, requires_grad=True), torch.randn(301, 32, requires_grad=True)
+    targets, upstream = torch.randint(301, (50,)), torch.randn(50)
+    logprobs, entropies = memory.token_logprobs(hidden, weight, targets, temperature, chunk_size)
+    (logprobs * upstream).sum().backward()
+
+    exact_logprobs, exact_entropies, exact_hidden, exact_weight = naive(hidden, weight, targets, temperature)
+    (exact_logprobs * upstream).sum().backward()
+    torch.testing.assert_close(logprobs.double(), exact_logprobs, rtol=2e-5, atol=0)
+    torch.testing.assert_close(entropies.double(), exact_entropies, rtol=2e-5, atol=0)
+    assert relative_error(hidden.grad, exact_hidden.grad) < 2e-5
+    assert relative_error(weight.grad, exact_weight.grad) < 2e-5
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    assert not entropies.requires_grad
+
+
+def test_near_certain_tokens_have_precise_logprobs_and_entropies():
+    # log-probabilities down to -1e-9, far below float32's resolution around 1
+    weight = torch.eye(20)
+    hidden = torch.zeros(20, 20) + torch.diag(torch.arange(5.0, 25.0))
+    targets = torch.arange(20)
+    logprobs, entropies = memory.token_logprobs(hidden, weight, targets)
+    exact_logprobs, exact_entropies, *_ = naive(hidden, weight, targets, 1.0)
+    torch.testing.assert_close(logprobs.double(), exact_logprobs, rtol=2e-5, atol=0)
+    torch.testing.assert_close(entropies.double(), exact_entropies, rtol=2e-5, atol=0)
+
+
+def test_bf16_rounds_in_the_matrix_product_and_nowhere_else():
+    torch.manual_seed(2)
+    hidden = torch.randn(40, 32).bfloat16().requires_grad_()
+    weight = torch.randn(211, 32).bfloat16().requires_grad_()
+    targets = torch.randint(211, (40,))
+    logprobs, entropies = memory.token_logprobs(hidden, weight, targets, 0.7, chunk_size=9)
+    exact = ((hidden @ weight.T).double() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logprobs.double(), exact[range(40), targets], rtol=2e-5, atol=0)
+    torch.testing.assert_close(entropies.double(), -(exact.exp() * exact).sum(-1), rtol=2e-5, atol=0)
+
+    weight.grad_dtype = torch.float32
+    logprobs.sum().backward()
+    exact_logprobs, _, exact_hidden, exact_weight = naive(hidden, weight, targets, 0.7)
+    exact_logprobs.sum().backward()
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert relative_error(hidden.grad, exact_hidden.grad) < 0.02
+    assert relative_error(weight.grad, exact_weight.grad) < 0.02
+
+
+def test_no_tokens_give_empty_values_and_zero_gradients():
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    logprobs, entropies = memory.token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == entropies.shape == (0,)
+    logprobs.sum().backward()
+    assert hidden.grad.shape == (0, 8)
+    assert not weight.grad.any()
+
+
+def test_without_grad_nothing_is_kept_and_a_frozen_head_gets_no_gradient():
+    hidden, weight, targets = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8), torch.arange(6)
+    with torch.no_grad():
+        logprobs, _ = memory.token_logprobs(hidden, weight, targets)
+    assert logprobs.grad_fn is None
+    memory.token_logprobs(hidden, weight, targets)[0].sum().backward()
+    exact_logprobs, _, exact_hidden, _ = naive(hidden, weight, targets, 1.0)
+    exact_logprobs.sum().backward()
+    assert weight.grad is None
+    assert relative_error(hidden.grad, exact_hidden.grad) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adding_straight_into_the_heads_gradient_gives_what_autograd_gives(dtype):
+    model = tiny(dtype=dtype)
+    backbone, head = memory.plain_head(model)
+    memory.sum_gradients_in_fp32(model.parameters())
+    gradients = []
+    for into_weight_grad in (False, True):
+        model.zero_grad()
+        for seed in (1, 2, 3):  # tied: the embedding's own gradient arrives beside the head's
+            ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(seed))
+            hidden = backbone(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten()
+            logprobs, _ = memory.token_logprobs(hidden, head, targets, into_weight_grad=into_weight_grad)
+            logprobs.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, straight in zip(*gradients):
+        torch.testing.assert_close(plain, straight, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(memory, "HEAD_WORKSPACE", 2**20)
+    extra = []
+    for tokens in (200, 3200):
+        hidden = torch.randn(tokens, 16, requires_grad=True)
+        weight, targets = torch.randn(3000, 16, requires_grad=True), torch.randint(3000, (tokens,))
+        with LiveBytes(hidden, weight, targets) as live:
+            before = live.now
+            memory.token_logprobs(hidden, weight, targets)[0].sum().backward()
+        per_token = hidden.grad.nbytes + 8 * 4 * tokens  # and the results, a few numbers a token
+        extra.append(live.peak - before - per_token)
+    assert extra[1] <= 1.05 * extra[0]
+    assert extra[1] <= 2**20 + 2 * weight.nbytes
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"hidden \[n, H\].*\[2, 3, 8\]"):
+        memory.token_logprobs(torch.randn(2, 3, 8), torch.randn(11, 8), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="Parameter"):
+        weight = torch.randn(11, 8, requires_grad=True) * 2
+        memory.token_logprobs(torch.randn(3, 8), weight, torch.arange(3), into_weight_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PLAIN)
+def test_backbone_and_head_give_the_models_own_logprobs(name, dtype):
+    model = tiny(name, dtype)
+    backbone, head = memory.plain_head(model)
+    ids = torch.randint(97, (3, 12))
+    hidden = backbone(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    logprobs, _ = memory.token_logprobs(hidden, head, ids[:, 1:].flatten())
+    own = model(ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
+    torch.testing.assert_close(logprobs.double(), own, rtol=1e-5, atol=1e-5)
+    assert not model.training
+
+
+def test_right_padding_needs_no_attention_mask():
+    model = tiny("qwen3-tied")
+    ids = torch.randint(97, (2, 12))
+    padded = torch.cat([ids, torch.full((2, 5), 7)], 1)
+    alone, beside = (model.model(x, use_cache=False).last_hidden_state for x in (ids, padded))
+    torch.testing.assert_close(alone, beside[:, :12])
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "cause"),
+    [
+        (Gemma2ForCausalLM, Gemma2Config(**SMALL), "final_logit_softcapping is 30.0"),
+        (CohereForCausalLM, CohereConfig(**SMALL), "logit_scale is 0.0625"),
+        (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=2.0), "logits_scaling is 2.0"),
+    ],
+)
+def test_heads_with_more_than_a_matrix_product_are_refused(model, config, cause):
+    with pytest.raises(ValueError, match=cause) as refusal:
+        memory.plain_head(model(config).eval())
+    assert "\n" not in str(refusal.value)
+
+
+def test_gemma_2_without_its_soft_cap_is_honoured():
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=None)).eval()
+    backbone, head = memory.plain_head(model)
+    ids = torch.randint(97, (2, 9))
+    torch.testing.assert_close(backbone(ids).last_hidden_state @ head.T, model(ids).logits)
+
+
+def test_unknown_tricks_between_hidden_states_and_logits_are_found():
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda module, args, logits: 30 * torch.tanh(logits / 30))
+    with pytest.raises(ValueError, match="cause unknown"):
+        memory.plain_head(model)
+    model = tiny("llama-untied")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(97))
+    with pytest.raises(ValueError, match="bias"):
+        memory.plain_head(model)
+    with pytest.raises(ValueError, match="backbone"):
+        memory.plain_head(model.model)
+
+
+# --- gradients -------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_bf16_weights_sum_in_float32_over_micro_batches():
+    model = tiny(dtype=torch.bfloat16)
+    batches = [torch.randint(97, (2, 10)) for _ in range(40)]
+
+    def backward(ids):
+        model(ids, labels=ids).loss.backward()
+
+    one_by_one = {name: 0.0 for name, _ in model.named_parameters()}
+    for ids in batches:  # each batch's own bf16 gradient, summed in float64
+        backward(ids)
+        for name, p in model.named_parameters():
+            one_by_one[name] = one_by_one[name] + p.grad.double()
+        model.zero_grad(set_to_none=True)
+
+    memory.sum_gradients_in_fp32(model.parameters())
+    for ids in batches:
+        backward(ids)
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32
+        # the tied weight's two gradients meet in float32 here and in bf16 there
+        tolerance = 5e-3 if name == "model.embed_tokens.weight" else 1e-5
+        assert relative_error(p.grad, one_by_one[name]) < tolerance, name
+    model.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_small_gradient_survives_beside_a_large_sum():
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    memory.sum_gradients_in_fp32([p])
+    for g in [1.0] + 100 * [2.0**-10]:  # bf16 steps by 2^-7 above 1
+        (p * g).sum().backward()
+    assert p.grad.item() == 1 + 100 * 2.0**-10
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6, None])
+def test_clipping_scales_by_the_global_norm(max_norm):
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 500, 7)]
+    for p in params[:2]:  # the third had no gradient
+        p.grad = torch.randn_like(p)
+    before = [p.grad.double() for p in params[:2]]
+    norm = math.sqrt(sum(float((g**2).sum()) for g in before))
+    scale = min(1.0, (max_norm or math.inf) / norm)
+    assert memory.clip_gradients(iter(params), max_norm).item() == pytest.approx(norm, rel=1e-6)
+    for p, g in zip(params, before):
+        torch.testing.assert_close(p.grad.double(), g * scale, rtol=1e-4, atol=0)
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------
+
+def is_finite(pattern):
+    return pattern & 0x7F800000 != 0x7F800000
+
+
+numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+finite_bits = numbers.map(lambda x: struct.unpack("<I", struct.pack("<f", x))[0])
+finite_bits |= st.integers(0, 0xFFFFFFFF).filter(is_finite)  # spread over the bits, not over the numbers
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(finite_bits, min_size=1))
+@example([0x3F808000, 0x3F818000, 0xBF808000, 0x3F807FFF, 0x3F808001])  # ties and their neighbours
+@example([0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00008000, 0x80008000])  # zeros, subnormals
+@example([0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F800000, 0xFF800000])  # the largest, infinities
+def test_master_weights_survive_a_split_and_a_join(patterns):
+    master = torch.tensor(struct.unpack(f"<{len(patterns)}i", struct.pack(f"<{len(patterns)}I", *patterns)))
+    master = master.to(torch.int32).view(torch.float32)
+    hi, lo = memory.split_fp32(master)
+    assert (hi.dtype, lo.dtype) == (torch.bfloat16, torch.int16)
+    expected_hi = [(b + 0x8000 & 0xFFFFFFFF) >> 16 for b in patterns]
+    assert [h & 0xFFFF for h in hi.view(torch.int16).tolist()] == expected_hi
+    assert lo.tolist() == [b - (h << 16) for b, h in zip(patterns, expected_hi)]
+    assert same(memory.join_fp32(hi, lo), master)
+
+
+def test_a_split_rounds_to_the_nearest_bf16():
+    master = torch.randn(10_000)
+    hi, _ = memory.split_fp32(master)
+    tie = bits(master).view(-1, 4)[:, :2].eq(torch.tensor([0x00, 0x80], dtype=torch.uint8)).all(-1)
+    assert same(hi[~tie], master.bfloat16()[~tie])
+    shapes = [(), (3,), (2, 3, 4)]
+    assert [memory.split_fp32(torch.ones(s))[0].shape for s in shapes] == [torch.Size(s) for s in shapes]
+
+
+def weights_and_gradients(steps, dtype=torch.float32):
+    """Starting weights of 8-bit size (with a last block that isn't full) and small, and their gradients."""
+    torch.manual_seed(3)
+    start = [(torch.randn(130, 97) * 0.02).bfloat16().to(dtype), torch.zeros(33, dtype=dtype)]
+    sizes = 10.0 ** torch.randint(-6, 0, (steps,))
+    return start, [[torch.randn(w.shape) * size for w in start] for size in sizes]
+
+
+def run(optimizer, params, gradients):
+    for step in gradients:
+        for p, g in zip(params, step):
+            p.grad = g.clone()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def parameters(start):
+    params = [torch.nn.Parameter(w.clone()) for w in start]
+    memory.sum_gradients_in_fp32(params)
+    return params
+
+
+def masters(optimizer, params):
+    return [memory.join_fp32(p.data, optimizer.state[p]["remainder"]) for p in params]
+
+
+HYPER = {"lr": 1e-6, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_bf16_weights_train_like_the_librarys_own_optimizer_on_float32_weights(offload, monkeypatch):
+    monkeypatch.setattr(memory, "OPTIMIZER_SLICE", 2048)  # several slices, the last one not full
+    start, gradients = weights_and_gradients(200)
+    exact = parameters(start)
+    run(bitsandbytes.optim.AdamW8bit(exact, **HYPER), exact, gradients)
+    ours = parameters([w.bfloat16() for w in start])
+    optimizer = memory.AdamW8bit(ours, **HYPER, offload=offload)
+    run(optimizer, ours, gradients)
+    for p, master, reference in zip(ours, masters(optimizer, ours), exact):
+        assert same(master, reference.data)
+        half_a_step = (reference.data.abs() * 2.0**-8).clamp(min=1e-30)
+        assert ((p.data.float() - reference.data).abs() <= half_a_step).all()
+
+
+def test_float32_weights_need_no_remainder():
+    start, gradients = weights_and_gradients(20)
+    exact, ours = parameters(start), parameters(start)
+    run(bitsandbytes.optim.AdamW8bit(exact, **HYPER), exact, gradients)
+    optimizer = memory.AdamW8bit(ours, **HYPER)
+    run(optimizer, ours, gradients)
+    assert all(same(p.data, q.data) for p, q in zip(ours, exact))
+    assert all("remainder" not in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offload", [False, True])
+def test_saving_and_loading_in_the_middle_changes_nothing(dtype, offload):
+    start, gradients = weights_and_gradients(30, dtype)
+    through = parameters(start)
+    uninterrupted = memory.AdamW8bit(through, **HYPER, offload=offload)
+    run(uninterrupted, through, gradients)
+
+    first = parameters(start)
+    optimizer = memory.AdamW8bit(first, **HYPER, offload=offload)
+    run(optimizer, first, gradients[:11])
+    file = io.BytesIO()
+    torch.save({"weights": [p.data for p in first], "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second = parameters(saved["weights"])
+    resumed = memory.AdamW8bit(second, lr=1.0, offload=offload)  # the saved settings win
+    resumed.load_state_dict(saved["optimizer"])
+    run(resumed, second, gradients[11:])
+
+    for p, q in zip(through, second):
+        assert same(p.data, q.data)
+        assert uninterrupted.state[p].keys() == resumed.state[q].keys()
+        for key, value in uninterrupted.state[p].items():
+            assert same(value, resumed.state[q][key]) if isinstance(value, torch.Tensor) else value == 30
+
+
+def test_without_the_remainder_small_steps_are_lost_and_with_it_none():
+    torch.manual_seed(4)
+    start = [(torch.randn(100, 100) * 0.02).bfloat16()]
+    gradients = [[torch.randn(100, 100)] for _ in range(50)]
+    rounded = [torch.nn.Parameter(w.clone()) for w in start]
+    run(bitsandbytes.optim.AdamW8bit(rounded, lr=1e-6), rounded, [[g.bfloat16()] for (g,) in gradients])
+    ours = parameters(start)
+    optimizer = memory.AdamW8bit(ours, lr=1e-6)
+    run(optimizer, ours, gradients)
+    assert (rounded[0].data != start[0]).float().mean() < 0.05
+    assert (masters(optimizer, ours)[0] != start[0].float()).float().mean() > 0.99
+
+
+def test_state_of_other_parameters_is_refused():
+    start, gradients = weights_and_gradients(1)
+    params = parameters(start)
+    optimizer = memory.AdamW8bit(params, **HYPER)
+    run(optimizer, params, gradients)
+    for other in (start[:1], [w.bfloat16() for w in start], [start[0].T.contiguous(), start[1]]):
+        with pytest.raises(ValueError, match="AdamW8bit"):
+            memory.AdamW8bit(parameters(other), **HYPER).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="float16"):
+        memory.AdamW8bit([torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))], **HYPER)
+
+
+# --- activations -----------------------------------------------------------------------------------------
+
+
+def gradients_of(model, ids, count):
+    model.zero_grad(set_to_none=True)
+    with memory.checkpoint_layers(model, count):
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+    hidden.square().sum().backward()  # outside: what was decided in the forward pass holds
+    return [p.grad for p in model.parameters() if p.grad is not None], hidden.detach()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("count", [1, 2, None])
+def test_checkpointing_changes_neither_values_nor_gradients_and_dropout_stays_off(name, count):
+    model = tiny(name, attention_dropout=0.5)
+    ids = torch.randint(97, (2, 11))
+    plain, plain_hidden = gradients_of(model, ids, 0)
+    checkpointed, hidden = gradients_of(model, ids, count)
+    assert same(hidden, plain_hidden)
+    assert all(same(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_each_checkpointed_layer_keeps_only_its_input():
+    model, ids, kept = tiny(), torch.randint(97, (8, 64)), []
+    for count in (0, 1, 2, 3):
+        with memory.checkpoint_layers(model, count), LiveBytes(*model.parameters()) as live:
+            before = live.now
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            kept.append(live.now - before)
+            hidden.sum().backward()
+        model.zero_grad(set_to_none=True)
+    steps = [a - b for a, b in pairwise(kept)]
+    assert max(steps) < 1.01 * min(steps)  # each spares the same
+    assert 3 * ids.numel() * 32 * 4 < kept[3] < kept[0] / 4
+
+
+def test_sampling_with_a_cache_works_between_updates():
+    model, ids = tiny(), torch.randint(3, 97, (1, 5))
+    before = model.generate(ids, max_new_tokens=8, do_sample=False)
+    gradients_of(model, ids, None)
+    with pytest.raises(KeyError), memory.checkpoint_layers(model, None):
+        raise KeyError
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), before)
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+def test_more_layers_than_there_are_cannot_be_checkpointed():
+    with pytest.raises(ValueError, match="4 layers"), memory.checkpoint_layers(tiny(), 4):
+        pass
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
+def test_micro_batches_hold_every_episode_once_within_the_budget(lengths, budget):
+    batches = memory.micro_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(batch for batch in batches)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+# --- the reference policy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama-untied"])
+def test_the_model_computes_with_the_references_weights_and_gets_its_own_back(name):
+    model = tiny(name, torch.bfloat16)
+    start, objects = copy.deepcopy(model), list(model.parameters())
+    reference = memory.ReferencePolicy(model)
+    memory.sum_gradients_in_fp32(model.parameters())
+    optimizer = memory.AdamW8bit(model.parameters(), lr=1e-2)
+    ids = torch.randint(97, (2, 9))
+
+    def train_and_check():
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        trained = copy.deepcopy(model)
+        with reference.swapped_in():
+            assert same(model(ids).logits, start(ids).logits)
+        with pytest.raises(KeyError), reference.swapped_in():
+            raise KeyError
+        assert all(same(p.data, q.data) for p, q in zip(model.parameters(), trained.parameters()))
+        assert all(p is q for p, q in zip(model.parameters(), objects))
+        assert not same(model(ids).logits, start(ids).logits)
+
+    train_and_check()
+    train_and_check()  # the optimizer goes on with the weights that came back
+    assert len(reference.weights) == len(objects)  # a tied weight once
+
+
+def test_refresh_makes_the_policy_the_reference_and_keeps_them_apart():
+    model = tiny()
+    reference = memory.ReferencePolicy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    policy = copy.deepcopy(model)
+    reference.refresh()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    with reference.swapped_in():
+        assert all(same(p.data, q.data) for p, q in zip(model.parameters(), policy.parameters()))
+
+    other = memory.ReferencePolicy(tiny("qwen2-tied"))
+    other.load_state_dict(reference.state_dict())
+    assert all(same(other.weights[k], x) for k, x in reference.state_dict().items())
+    with pytest.raises(ValueError, match="ReferencePolicy"):
+        other.load_state_dict(memory.ReferencePolicy(tiny("qwen2-untied")).state_dict())
+
+
+def test_a_swapped_reference_refuses_to_be_swapped_saved_or_refreshed():
+    reference = memory.ReferencePolicy(tiny())
+    with reference.swapped_in():
+        for refused in (reference.refresh, reference.state_dict, reference.swapped_in().__enter__):
+            with pytest.raises(RuntimeError, match="swapped_in"):
+                refused()
+
+
+# --- the plan --------------------------------------------------------------------------------------------
+
+
+def plan(config, budget=10**15, **changes):
+    settings = {
+        "prompt_tokens": 150, "max_new_tokens": 1024, "prompts": 32, "group_size": 8, "reference": True,
+        "dtype": torch.bfloat16, "top_entropy": 0.2, "memory_budget_bytes": budget,
+    }
+    return memory.plan(config, **{**settings, **changes})
+
+
+def qwen25(hidden, intermediate, layers, heads):
+    return Qwen2Config(
+        vocab_size=151936, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True,
+    )
+
+
+HALF_B, ONE_AND_A_HALF_B = qwen25(896, 4864, 24, 14), qwen25(1536, 8960, 28, 12)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeypatch):
+    monkeypatch.setattr(memory, "HEAD_WORKSPACE", 2**21)
+    monkeypatch.setattr(memory, "OPTIMIZER_SLICE", 2**14)
+    shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
+    model = tiny(name, dtype, num_hidden_layers=4, **shape)
+    backbone, head = memory.plain_head(model)
+    params = list(model.parameters())
+    memory.sum_gradients_in_fp32(params)
+    for p in params:
+        p.grad = torch.zeros_like(p, dtype=torch.float32)
+    for rows, checkpointed in [(4, 0), (8, 0), (8, 2), (8, 4)]:
+        expected = plan(
+            model.config, prompt_tokens=28, max_new_tokens=100, dtype=dtype, top_entropy=1.0,
+            offload_optimizer=True, micro_batch_tokens=rows * 128, checkpointed_layers=checkpointed,
+        )
+        ids = torch.randint(1000, (rows, 128))
+        tensors = [*params, *(p.grad for p in params)]
+        with memory.checkpoint_layers(model, checkpointed), LiveBytes(*tensors) as live:
+            hidden = backbone(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            memory.token_logprobs(hidden, head, ids.flatten(), into_weight_grad=True)[0].sum().backward()
+            del hidden
+        assert expected.update_peak_bytes == pytest.approx(live.peak, rel=0.1)
+
+    optimizer = memory.AdamW8bit(params, lr=1e-6)
+    optimizer.step()
+    parts = ("remainder", "state1", "state2", "absmax1", "absmax2")
+    held = sum(x.nbytes for state in optimizer.state.values() for k, x in state.items() if k in parts)
+    expected = plan(model.config, dtype=dtype)
+    assert expected.remainder + expected.moments == held
+    assert expected.weights == sum(p.nbytes for p in params)
+    assert expected.gradients == sum(p.grad.nbytes for p in params)
+
+
+def test_qwen_half_b_fits_eight_gigabytes_and_six_with_offload_and_1_5b_eleven():
+    cases = ((HALF_B, 8.0, False), (HALF_B, 6.0, True), (ONE_AND_A_HALF_B, 11.0, True))
+    for config, budget, offload in cases:
+        made = plan(config, int(budget * 1e9), offload_optimizer=offload)
+        assert max(made.rollout_peak_bytes, made.update_peak_bytes) <= budget * 1e9
+
+
+def test_more_memory_is_used_for_less_work():
+    made = [plan(HALF_B, int(gb * 1e9)) for gb in (6.5, 8, 10, 12, 24)]
+    assert all(p.fits for p in made)
+    rows = [p.max_rows for p in made]
+    work = [(3 + p.checkpointed_layers / 24) * (1 + 400 / p.micro_batch_tokens) for p in made]
+    assert rows == sorted(rows)
+    assert rows[-1] == 256
+    assert work == sorted(work, reverse=True)
+    assert work[-1] < work[0]
+
+
+def test_choices_that_are_given_are_kept():
+    made = plan(HALF_B, micro_batch_tokens=2000, checkpointed_layers=5, max_rows=7)
+    assert (made.micro_batch_tokens, made.checkpointed_layers, made.max_rows) == (2000, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("config", "budget", "changes", "helps"),
+    [
+        (HALF_B, 5.5, {}, "--offload-optimizer"),
+        (ONE_AND_A_HALF_B, 10.8, {"offload_optimizer": True, "max_new_tokens": 16000}, "--max-new-tokens"),
+        (HALF_B, 2.0, {}, "smaller --model"),
+        (HALF_B, 6.5, {"max_rows": 256, "checkpointed_layers": 0}, "rows, micro-batch and checkpointing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_flag_that_helps(config, budget, changes, helps):
+    with pytest.raises(memory.DoesNotFit, match=helps) as refusal:
+        plan(config, int(budget * 1e9), **changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tiny_float32_model_on_a_laptop_gets_one_pass_without_checkpointing():
+    made = plan(tiny().config, 4 * 10**9, prompt_tokens=30, max_new_tokens=40, dtype=torch.float32)
+    assert (made.checkpointed_layers, made.max_rows, made.remainder) == (0, 256, 0)
+    assert made.micro_batch_tokens == 256 * 70
+    assert made.update_peak_bytes < 10**9
+
+
+def test_the_budget_of_a_cpu_is_below_its_memory():
+    with open("/proc/meminfo") as lines:
+        total = 1024 * int(next(lines).split()[1])
+    assert 0.01 * total < memory.detect_budget_bytes("cpu") < total
+
+
+def command_line(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["memory.py", *map(str, arguments)])
+    code = memory.main()
+    return (code, *capsys.readouterr())
+
+
+def test_the_command_line_prints_the_table(monkeypatch, capsys, tmp_path):
+    HALF_B.save_pretrained(tmp_path)
+    arguments = ("--model", tmp_path, "--budget-gib", 12, "--offload-optimizer")
+    code, out, err = command_line(monkeypatch, capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert out.strip() == plan(HALF_B, 12 * 2**30, offload_optimizer=True).table()
+    assert "weights" in out
+    assert "peak" in out
+
+
+def test_the_command_line_refuses_in_one_line(monkeypatch, capsys, tmp_path):
+    HALF_B.save_pretrained(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    missing, broken, name = tmp_path / "nothing", tmp_path / "broken", "no/such model"
+    for model, budget in ((missing, 12), (broken, 12), (name, 12), (tmp_path, 1)):
+        code, out, err = command_line(monkeypatch, capsys, "--model", model, "--budget-gib", budget)
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1
+        assert str(model) in err
+
+
+# --- with a GPU ------------------------------------------------------------------------------------------
+
+
+@on_gpu
+@pytest.mark.parametrize("offload", [False, True])
+def test_on_a_gpu_the_masters_equal_the_librarys_float32_weights(offload):
+    start, gradients = weights_and_gradients(50)
+    start, gradients = [w.cuda() for w in start], [[g.cuda() for g in step] for step in gradients]
+    exact = parameters(start)
+    run(bitsandbytes.optim.AdamW8bit(exact, **HYPER), exact, gradients)
+    ours = parameters([w.bfloat16() for w in start])
+    optimizer = memory.AdamW8bit(ours, **HYPER, offload=offload)
+    run(optimizer, ours, gradients)
+    for p, reference in zip(ours, exact):
+        remainder = optimizer.state[p]["remainder"]
+        assert remainder.is_cuda != offload
+        assert same(memory.join_fp32(p.data, remainder.cuda()), reference.data)
+
+
+@on_gpu
+def test_on_a_gpu_a_swap_takes_no_memory_and_gives_the_weights_back():
+    model = tiny(dtype=torch.bfloat16, hidden_size=512, vocab_size=50_000).cuda()
+    reference, before = memory.ReferencePolicy(model), [p.data.clone() for p in model.parameters()]
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    before = [p.data.clone() for p in model.parameters()]
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    with reference.swapped_in():
+        assert not same(model.model.norm.weight.data, before[-1])
+    assert torch.cuda.max_memory_allocated() == held
+    assert all(same(p.data, q) for p, q in zip(model.parameters(), before))
