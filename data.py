@@ -1,8 +1,8 @@
-"""Where prompts come from: tasks and their prompt formats, local files and hub data sets, the embedded policy.
+"""Where prompts come from: tasks and their prompt formats, local files, hub data sets, the embedded policy.
 
-An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the tokenizer's
-chat template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or whatever a file brings)
-and, where supervised demonstrations are wanted, `completion`.
+An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the
+tokenizer's chat template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or
+whatever a file brings) and, where supervised demonstrations are wanted, `completion`.
 
     train, heldout = load_task("countdown", train_examples=1000, eval_examples=100, seed=0)
     ids = encode_prompt(tokenizer, train[0]["prompt"])
@@ -17,36 +17,37 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
 
 MINI_LARGEST = 30  # largest number of a mini-countdown problem; the embedded policy's tokenizer knows it too
 
 
 class InputError(ValueError):
-    """What the user gave can't be used; the message says what was given, what is allowed, what to type instead."""
+    """What the user gave can't be used; the message says what was given, what is allowed, what to type."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompt formats: example -> text, or chat messages; a last message from the assistant is a turn left open.
 
 
 def countdown_prompt(example: dict) -> list[dict]:
-    """The countdown prompt of nano-aha-moment, GRPO-Zero and Improved-GRPO: it ends inside an open `<think>`."""
+    """Countdown as nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`."""
     numbers = ", ".join(map(str, example["nums"]))
     return [
         {
             "role": "system",
-            "content": "You are a careful assistant. You reason in your head before you give the user the answer.",
+            "content": "You are a careful assistant. You reason in your head before you give the user the "
+            "answer.",
         },
         {
             "role": "user",
-            "content": f"Combine the numbers {numbers} into an equation that equals {example['target']}. You may use "
-            "+, -, *, / and parentheses, and must use each number exactly once. Write your reasoning inside "
-            "<think> </think> tags and then the equation alone inside <answer> </answer> tags, for example "
-            "<answer>(1 + 2) / 3</answer>.",
+            "content": f"Combine the numbers {numbers} into an equation that equals {example['target']}. You "
+            "may use +, -, *, / and parentheses, and must use each number exactly once. Write your reasoning "
+            "inside <think> </think> tags and then the equation alone inside <answer> </answer> tags, for "
+            "example <answer>(1 + 2) / 3</answer>.",
         },
         {"role": "assistant", "content": "I will work through this step by step.\n<think>"},
     ]
@@ -66,18 +67,19 @@ def gsm8k_prompt(example: dict) -> list[dict]:
     return [
         {
             "role": "system",
-            "content": "You help the user with a question. First think the steps through, then give the final answer. "
-            "Put the thinking inside <think> </think> tags and the answer inside <answer> </answer> tags, like this: "
-            "<think> your steps </think><answer> the answer </answer>.",
+            "content": "You help the user with a question. First think the steps through, then give the "
+            "final answer. Put the thinking inside <think> </think> tags and the answer inside <answer> "
+            "</answer> tags, like this: <think> your steps </think><answer> the answer </answer>.",
         },
         {"role": "user", "content": example["question"]},
     ]
 
 
 def gsm8k_reasoning_prompt(example: dict) -> str:
-    """The gsm8k prompt of The LM Book: plain text without a chat template, `<reasoning>` and `<answer>` tags."""
+    """The gsm8k prompt of The LM Book: plain text without a chat template, other tags."""
     return (
-        "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n<answer>\nthe final number\n</answer>\n"
+        "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
+        "<answer>\nthe final number\n</answer>\n"
         + example["question"]
     )
 
@@ -93,8 +95,8 @@ PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
 
-    A last message from the assistant stays open, so that the completion continues it; otherwise the template opens a
-    new assistant turn. A tokenizer without a template gets the messages' texts, one a line.
+    A last message from the assistant stays open, so that the completion continues it; otherwise the template
+    opens a new assistant turn. A tokenizer without a template gets the messages' texts, one a line.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
@@ -104,25 +106,27 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     text = tokenizer.apply_chat_template(
         prompt, tokenize=False, continue_final_message=is_open, add_generation_prompt=not is_open
     )
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special tokens already
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Countdown: reach the target from the given numbers, each used exactly once.
 
 
 def random_expression(numbers: list[int], operators: str, rng: random.Random) -> tuple[str, Fraction]:
-    """A random expression over all `numbers` in random order, with only the parentheses it needs, and its exact value.
+    """A random expression over all `numbers` in random order, with few parentheses; its exact value.
 
-    Division by zero is never built. Every binary tree can come up: two random parts are joined until one is left.
+    Division by zero is never built. Every binary tree can come up: random parts are joined till one is left.
     """
-    parts = [(str(number), Fraction(number), 3) for number in numbers]  # text, value, how tightly the text binds
+    parts = [(str(number), Fraction(number), 3) for number in numbers]  # text, value, how tightly it binds
     while len(parts) > 1:
         rng.shuffle(parts)
         (left, a, left_binds), (right, b, right_binds) = parts.pop(), parts.pop()
         operator = rng.choice([op for op in operators if op != "/" or b != 0])
         binds = 1 if operator in "+-" else 2
-        value = a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*" else a / b
+        value = (
+            a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*" else a / b
+        )
         left = left if left_binds >= binds else f"({left})"
         right = right if right_binds > binds or (right_binds == binds and operator in "+*") else f"({right})"
         parts.append((f"{left} {operator} {right}", value, binds))
@@ -130,10 +134,10 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
 
 
 def countdown_demonstration(example: dict, rng: random.Random) -> str:
-    """A completion in the right format with right arithmetic and a blind choice: any expression over the numbers.
+    """A completion in the right format with right arithmetic and a blind choice of expression.
 
-    Two numbers are written larger first, so that they never come to less than zero. Which expression hits the target is
-    what GRPO has to teach.
+    Two numbers are written larger first, so that they never come to less than zero. Which expression hits the
+    target is what GRPO has to teach.
     """
     if len(example["nums"]) == 2:
         a, b = sorted(example["nums"], reverse=True)
@@ -145,7 +149,7 @@ def countdown_demonstration(example: dict, rng: random.Random) -> str:
 
 
 def countdown_problems(count: int, seed: int) -> list[dict]:
-    """`count` different problems like those of Countdown-Tasks-3to4: 3 or 4 numbers of 1-99, a target of 10-99.
+    """`count` different problems like those of Countdown-Tasks-3to4: 3 or 4 numbers of 1-99, target 10-99.
 
     Every problem is solvable, because its target is the value of a random expression over its numbers.
     """
@@ -164,29 +168,26 @@ def countdown_key(nums: list[int], target: int) -> tuple:
     return tuple(sorted(nums)), target
 
 
-def mini_countdown_split(eval_examples: int, seed: int, largest: int = MINI_LARGEST) -> tuple[list[dict], list[dict]]:
+def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], list[dict]]:
     """All problems of two numbers of 1-30 with a positive target by +, - or *, as (train, held-out).
 
-    At most one problem of each pair of numbers is held out, so that what the pair comes to by +, - and * can be learned
-    from its other problems; when to choose which can't.
+    Held out are all problems of some pairs of numbers: what operator hits a target must be learned elsewhere.
     """
     rng = random.Random(seed)
-    problems = []
-    for a, b in itertools.combinations_with_replacement(range(1, largest + 1), 2):
-        for target in sorted({a + b, b - a, a * b} - {0}):
-            problems.append({"nums": rng.sample([a, b], 2), "target": target})
-    rng.shuffle(problems)
-    train, heldout, pairs = [], [], set()
-    for problem in problems:
-        pair = tuple(sorted(problem["nums"]))
-        (train if pair in pairs or len(heldout) == eval_examples else heldout).append(problem)
-        pairs.add(pair)
-    if len(heldout) < eval_examples:
-        raise InputError(f"--eval-examples {eval_examples}: this task has at most {len(heldout)} held-out problems")
-    return train, heldout
+    pairs = list(itertools.combinations_with_replacement(range(1, MINI_LARGEST + 1), 2))
+    rng.shuffle(pairs)
+    problems = [
+        {"nums": rng.sample([a, b], 2), "target": target}
+        for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})
+    ]
+    if eval_examples > len(problems) // 2:
+        raise InputError(f"--eval-examples {eval_examples}: mini-countdown has {len(problems)} problems in "
+                         "all; hold out at most half of them")
+    heldout, last = problems[:eval_examples], sorted(problems[eval_examples - 1]["nums"])
+    return [p for p in problems[eval_examples:] if sorted(p["nums"]) != last], heldout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -204,14 +205,15 @@ def load_task(
 ) -> tuple[list[dict], list[dict]]:
     """Training and held-out examples of a task, disjoint.
 
-    `task` is `mini-countdown`, `countdown`, `gsm8k`, or a jsonl, json, csv or parquet file with a `prompt` column.
-    `dataset` (a hub id, a local folder or a file) takes the place of the task's own source. At most `train_examples`
-    and exactly `eval_examples` are returned, chosen and ordered by `seed`; a `test` split, where there is one, is what
-    is held out. Raises InputError for anything that can't be used.
+    `task` is `mini-countdown`, `countdown`, `gsm8k`, or a jsonl, json, csv or parquet file with a `prompt`
+    column. `dataset` (a hub id, a local folder or a file) takes the place of the task's own source. At most
+    `train_examples` and exactly `eval_examples` are returned, chosen and ordered by `seed`; a `test` split,
+    where there is one, is what is held out. Raises InputError for anything that can't be used.
     """
     if task == "mini-countdown":
         if dataset:
-            raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it, or use --task countdown")
+            raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it, "
+                             "or use --task countdown")
         train, heldout = mini_countdown_split(eval_examples, seed)
     elif task == "countdown" and dataset is None:
         problems = countdown_problems(train_examples + eval_examples, seed)
@@ -220,13 +222,14 @@ def load_task(
         columns = {"countdown": ["nums", "target"], "gsm8k": ["question", "answer"]}.get(task, ["prompt"])
         source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
         train, heldout = read_dataset(source, columns, eval_examples, seed)
+        unit = "line" if source.endswith(".jsonl") else "row"
         train, heldout = [
-            [prepare_row(row, task, f"{source}, {name} row {i}") for i, row in rows] for name, rows in (train, heldout)
+            [prepare_row(row, task, f"{source}, {unit} {i}") for i, row in rows] for rows in (train, heldout)
         ]
     else:
         raise InputError(
-            f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a .jsonl, .json, .csv or .parquet file "
-            "with a `prompt` column"
+            f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a .jsonl, .json, .csv or "
+            ".parquet file with a `prompt` column"
         )
     prompt_format = prompt_format or task
     if prompt_format in PROMPTS:
@@ -235,8 +238,8 @@ def load_task(
     held = {example_key(example) for example in heldout}
     train = [example for example in train if example_key(example) not in held]
     if not train:
-        raise InputError(f"--task {task}: nothing is left to train on beside {len(heldout)} held-out examples; "
-                         "lower --eval-examples or bring more data")
+        raise InputError(f"--task {task}: nothing is left to train on beside {len(heldout)} held-out "
+                         "examples; lower --eval-examples or bring more data")
     random.Random(seed).shuffle(train)
     return train[:train_examples], heldout
 
@@ -260,10 +263,12 @@ def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int)
     if not train:
         raise InputError(f"{source}: holds no rows; each needs the column(s) {', '.join(columns)}")
     if missing := [column for column in columns if column not in train[0][1]]:
-        raise InputError(f"{source}: has no column {missing[0]!r}, only {', '.join(train[0][1])}; rename one of them")
+        raise InputError(f"{source}: has no column {missing[0]!r}, only {', '.join(train[0][1])}; "
+                         "rename one of them")
     heldout = numbered.get("test") or train
     if len(heldout) < eval_examples:
-        raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} rows; lower it")
+        raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
+                         "rows; lower it")
     heldout = random.Random(seed).sample(heldout, eval_examples)
     if "test" not in numbered:
         held = {number for number, _ in heldout}
@@ -280,7 +285,8 @@ def read_jsonl(path: Path) -> list[dict]:
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: not an object but {line[:60]}; write {{\"prompt\": ...}}")
+            raise InputError(f"{path}, line {number}: not an object but {line[:60]}; "
+                             "write {\"prompt\": ...}")
         rows.append(row)
     return rows
 
@@ -290,8 +296,11 @@ def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
     import datasets  # a second of import that the embedded task needn't pay
 
     datasets.disable_progress_bars()
-    if not path.exists() and (path.suffix in FILE_TYPES or source.count("/") != 1 or source.startswith((".", "~", "/"))):
-        raise InputError(f"{source}: no such file or folder; check the path, or give a hub id such as openai/gsm8k")
+    if not path.exists() and (
+        path.suffix in FILE_TYPES or source.count("/") != 1 or source.startswith((".", "~", "/"))
+    ):
+        raise InputError(f"{source}: no such file or folder; check the path, or give a hub id such as "
+                         "openai/gsm8k")
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
     if path.is_file() and path.stat().st_size == 0:
@@ -299,14 +308,16 @@ def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
     try:
         if path.is_file():
             splits = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=source)
-        elif path.is_dir():  # a clone of gsm8k keeps its two configurations in folders, of which `main` is wanted
+        elif path.is_dir():  # a clone of gsm8k keeps its configurations in folders; `main` is the wanted one
             splits = datasets.load_dataset(str(path / "main" if (path / "main").is_dir() else path))
         else:
             splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
         return {name: split.to_list() for name, split in splits.items()}
-    except Exception as error:  # datasets, pyarrow, the hub and the network each have their own families of errors
-        raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-                         "give a local file or folder with --dataset, or check the id and the network") from error
+    except Exception as error:  # datasets, pyarrow, the hub and the network each have their own errors
+        raise InputError(
+            f"{source}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); give a "
+            "local file or folder with --dataset, or check the id and the network"
+        ) from error
 
 
 def prepare_row(row: dict, task: str, where: str) -> dict:
@@ -314,14 +325,14 @@ def prepare_row(row: dict, task: str, where: str) -> dict:
     if task == "countdown":
         nums, target = row["nums"], row["target"]
         if not (isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])):
-            raise InputError(f"{where}: nums must be a list of at least two whole numbers and target a whole number, "
-                             f"not {nums!r} and {target!r}")
+            raise InputError(f"{where}: nums must be a list of at least two whole numbers and target a "
+                             f"whole number, not {nums!r} and {target!r}")
         return {"nums": nums, "target": target}
     if task == "gsm8k":
         question, solution = row["question"], row["answer"]
         if not (isinstance(question, str) and isinstance(solution, str) and "####" in solution):
-            raise InputError(f"{where}: question and answer must be text, the answer with its number after ####, "
-                             f"not {str(solution)[:60]!r}")
+            raise InputError(f"{where}: question and answer must be text, the answer with its number after "
+                             f"####, not {str(solution)[:60]!r}")
         reasoning, answer = solution.rsplit("####", 1)
         answer = answer.strip().replace(",", "")
         completion = f"<think>{reasoning.strip()}</think>\n<answer>{answer}</answer>"
@@ -332,38 +343,42 @@ def prepare_row(row: dict, task: str, where: str) -> dict:
     messages = prompt if isinstance(prompt, list) else []
     if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
                                and isinstance(m.get("content"), str) for m in messages):
-        raise InputError(f"{where}: prompt must be text or a list of {{\"role\", \"content\"}} messages, not {prompt!r:.80}")
+        raise InputError(f"{where}: prompt must be text or a list of {{\"role\", \"content\"}} messages, "
+                         f"not {prompt!r:.80}")
     return row
 
 
 def demonstration(example: dict, rng: random.Random) -> str:
-    """A completion to imitate in the cold start: the example's own `completion`, or a blind countdown attempt."""
+    """A completion to imitate in the cold start: the example's own, or a blind countdown attempt."""
     if "nums" in example:
         return countdown_demonstration(example, rng)
     if isinstance(example.get("completion"), str):
         return example["completion"]
-    raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn from; add one, "
-                     "or drop the flag")
+    raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
+                     "from; add one, or drop the flag")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Policies
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if not loop.last or "
-    "add_generation_prompt %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "add_generation_prompt %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A byte-level tokenizer, so that any text can be encoded, with one token for each word that mini-countdown uses."""
+    """A byte-level tokenizer, which encodes any text, with one token for each word of mini-countdown."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = ["numbers ", " target ", " + ", " - ", " * ", " = ", "<think>", "</think>", "\n<answer>", "</answer>"]
+    words = [
+        "numbers ", " target ", " + ", " - ", " * ", " = ", "<think>", "</think>", "\n<answer>", "</answer>"
+    ]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
-    # Longer numbers are spelled in digits: how many there are says much about the operator that a target needs.
+    # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
     numbers = [str(n) for n in range(10, MINI_LARGEST + 1)]
     tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
     special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -398,13 +413,16 @@ def tiny_policy(seed: int) -> tuple[transformers.PreTrainedModel, transformers.P
 def load_policy(
     model: str, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """The policy and its tokenizer: `embedded`, a local folder, or a hub id. Raises InputError when it can't be had."""
+    """The policy and its tokenizer: `embedded`, a local folder, or a hub id; InputError without it."""
     if model == "embedded":
         policy, tokenizer = tiny_policy(seed)
         return policy.to(device=device, dtype=dtype).eval(), tokenizer
+    # The hub's client tells of each of its retries; the error below says all that they say.
+    huggingface_hub.utils.logging.set_verbosity_error()
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"--model {model}: the folder has no config.json; give the folder that from_pretrained opens")
+        raise InputError(f"--model {model}: the folder has no config.json; give the folder that "
+                         "from_pretrained opens")
     if not folder.is_dir() and (model.count("/") != 1 or model.startswith((".", "~", "/"))):
         raise InputError(f"--model {model}: no such folder, nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
     try:
@@ -414,8 +432,64 @@ def load_policy(
         )
     except Exception as error:  # the hub, the network, safetensors and custom code each have their own errors
         reason = str(error).strip().splitlines() or [""]
-        hint = "check the files in it" if folder.is_dir() else "check the id and the network, or give a local folder"
-        raise InputError(f"--model {model}: can't be loaded ({type(error).__name__}: {reason[0][:200]}); {hint}") from error
+        hint = (
+            "check the files in it" if folder.is_dir()
+            else "check the id and the network, or give a local folder"
+        )
+        raise InputError(f"--model {model}: can't be loaded ({type(error).__name__}: {reason[0][:200]}); "
+                         f"{hint}") from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could ever end")
+        raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could "
+                         "ever end")
     return policy.to(device).eval(), tokenizer
+
+
+class RewardModel:
+    """A sequence-classification model with one label; it scores answers and rests in host memory."""
+
+    def __init__(self, name: str, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False):
+        """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
+        options = {"trust_remote_code": trust_remote_code}
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+            self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, **options
+            ).eval()
+        except Exception as error:  # as in load_policy
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise InputError(f"--reward-model {name}: can't be loaded ({type(error).__name__}: {reason}); "
+                             "check the id and the network, or give a local folder") from error
+        if self.model.config.num_labels != 1:
+            raise InputError(f"--reward-model {name}: has {self.model.config.num_labels} labels; use one "
+                             "with a single label")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.device = device
+
+    @torch.no_grad()
+    def scores(self, answers: list[tuple[str | list[dict], str]], batch_size: int = 16) -> list[float]:
+        """One score for each (prompt, completion); chats go through the model's template, if it has one."""
+        rows = [self._encode(prompt, completion) for prompt, completion in answers]
+        found = []
+        self.model.to(self.device)
+        try:
+            for i in range(0, len(rows), batch_size):
+                batch = self.tokenizer.pad(
+                    {"input_ids": rows[i : i + batch_size]}, padding_side="right", return_tensors="pt"
+                )
+                found += self.model(**batch.to(self.device)).logits[:, 0].float().tolist()
+        finally:
+            self.model.to("cpu")
+        return found
+
+    def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + completion).input_ids
+        if prompt[-1]["role"] == "assistant":  # the open turn is a part of the answer
+            prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -1,21 +1,24 @@
-"""GRPO from scratch: train every weight of a language model by reinforcement learning, on one consumer GPU or a CPU.
+"""GRPO from scratch: train every weight of a language model by reinforcement learning, on one GPU or a CPU.
 
-    python grpo_scratch.py                                     # Qwen2.5-0.5B with CUDA, a tiny embedded policy without
+    python grpo_scratch.py            # Qwen2.5-0.5B with CUDA, a tiny embedded policy without
     python grpo_scratch.py --model ./my-qwen --task mine.jsonl --reward my_rewards.py:reward
     python grpo_scratch.py --help
 
-The file reads in the order in which a step runs: sample, score, advantages, loss, update; then `train` and `main`.
-Left out on purpose: several GPUs, adapters (every weight is trained), and any sampling but by temperature, because
-top-p or top-k would draw from another distribution than the one the loss differentiates.
+The file reads in the order in which a step runs: sample, score, advantages, loss, update; then `train` and
+`main`. Left out on purpose: several GPUs, adapters (every weight is trained), and any sampling but by
+temperature, because top-p or top-k would draw from another distribution than the one the loss differentiates.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -23,8 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+# Idle threads of torch's OpenMP spin for milliseconds by default; on two cores of which one is busy, that
+# makes small operations tens of times slower. It counts from before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,14 +41,12 @@ import memory
 import rewards
 from data import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
 
 def flag(default, text: str):
     """A field of Config with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -51,23 +57,38 @@ class Config:
     recipe: str = flag("auto", "row of settings to start from; auto is improved with CUDA and tiny without")
     steps: int = flag(500, "optimization steps; each samples prompts-per-step x group-size answers")
     seed: int = flag(0, "seed of weights (embedded model), data and sampling; a CPU run repeats bit for bit")
-    name: str | None = flag(None, "folder of the run below --output-dir; default: the recipe and the time of the start")
+    name: str | None = flag(
+        None, "folder of the run below --output-dir; default: the recipe and the time of the start"
+    )
     output_dir: str = flag("runs", "folder that holds the runs")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one")
 
-    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub id, local folder, or embedded (a tiny policy made in memory)")
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "of the weights; auto is bfloat16 on CUDA, else float32")
+    model: str = flag(
+        "Qwen/Qwen2.5-0.5B-Instruct", "hub id, local folder, or embedded (a tiny policy made in memory)"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "auto", "of the weights; auto is bfloat16 on CUDA, else float32"
+    )
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
-    task: str = flag("countdown", "countdown, gsm8k, mini-countdown, or a jsonl, json, csv or parquet file with a `prompt` "
-                     "column (text used as it stands, or a list of chat messages)")
+    task: str = flag("countdown", "countdown, gsm8k, mini-countdown, or a jsonl, json, csv or parquet file "
+                     "with a `prompt` column (text used as it stands, or a list of chat messages)")
     dataset: str | None = flag(None, "hub id, folder or file that replaces the task's own source of problems")
-    prompt_format: str | None = flag(None, f"prompt of the built-in tasks, one of {', '.join(data.PROMPTS)}; default: the task's")
+    prompt_format: str | None = flag(
+        None, f"prompt of the built-in tasks, one of {', '.join(data.PROMPTS)}; default: the task's"
+    )
     train_examples: int = flag(10_000, "at most so many examples to train on")
-    reward: list[str] = flag(["countdown_equation", "countdown_format:0.1"],
-                             "rewards to add up, each NAME or NAME:WEIGHT with a name of rewards.py, or FILE.py:FUNCTION "
-                             "with your own (completion, example) -> float, code that is run as it is; the first one "
-                             "decides accuracy: a score of 1 or more is solved")
-    cold_start_steps: int = flag(0, "supervised steps on demonstrations before GRPO, for models that never write the tags")
+    reward: list[str] = field(
+        default_factory=lambda: ["countdown_equation", "countdown_format:0.1"],
+        metadata={"help": "rewards to add up: NAME or NAME:WEIGHT with a name of rewards.py, or "
+                  "FILE.py:FUNCTION with your own (completion, example) -> float, which is run as it is; the "
+                  "first one decides accuracy: a score of 1 or more is solved"},
+    )
+    reward_model: str | None = flag(None, "hub id or folder of a sequence-classification model with one "
+                                    "label; its score is added to the reward")
+    reward_model_weight: float = flag(1.0, "weight of that score")
+    cold_start_steps: int = flag(
+        0, "supervised steps on demonstrations before GRPO, for models that never write the tags"
+    )
     cold_start_lr: float = flag(1e-5, "learning rate of the cold start, falling to zero over it")
     cold_start_batch: int = flag(64, "demonstrations in a step of the cold start")
 
@@ -75,39 +96,67 @@ class Config:
     group_size: int = flag(8, "answers sampled for each prompt; they are compared with one another")
     max_new_tokens: int = flag(1024, "length limit of an answer, in tokens")
     temperature: float = flag(1.0, "sampling temperature")
-    max_rows: int | None = flag(None, "answers that are sampled at the same time; default: as many as the memory holds")
+    max_rows: int | None = flag(
+        None, "answers that are sampled at the same time; default: as many as the memory holds"
+    )
 
-    loss_temperature: float | None = flag(None, "temperature inside the loss; default: the sampling temperature")
+    loss_temperature: float | None = flag(
+        None, "temperature inside the loss; default: the sampling temperature"
+    )
     advantage_std: Literal["population", "sample", "none"] = flag(
-        "population", "what a group's centred rewards are divided by: its standard deviation (/n or /(n-1)), or nothing")
+        "population", "what a group's centred rewards are divided by: its standard deviation (/n or /(n-1)), "
+        "or nothing")
     advantage_eps: float = flag(1e-6, "added to that standard deviation")
     skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens")
-    updates_per_batch: int = flag(1, "optimizer steps on each batch; 1 is exactly on-policy and needs no ratio")
-    clip_low: float = flag(0.2, "the ratio is clipped below at 1 - this (only with several updates per batch)")
+    updates_per_batch: int = flag(
+        1, "optimizer steps on each batch; 1 is exactly on-policy and needs no ratio"
+    )
+    clip_low: float = flag(
+        0.2, "the ratio is clipped below at 1 - this (only with several updates per batch)"
+    )
     clip_high: float = flag(0.2, "and above at 1 + this")
-    beta: float = flag(0.0, "coefficient of the KL divergence from the reference policy; 0 needs no reference")
-    reference_every: int = flag(0, "steps between copies of the policy into the reference; 0: it stays the start's")
+    beta: float = flag(
+        0.0, "coefficient of the KL divergence from the reference policy; 0 needs no reference"
+    )
+    reference_every: int = flag(
+        0, "steps between copies of the policy into the reference; 0: it stays the start's"
+    )
     aggregation: Literal["token", "sequence", "constant"] = flag(
-        "token", "average over all tokens (DAPO), per answer then over answers (GRPO), or by max-new-tokens (Dr. GRPO)")
-    top_entropy: float = flag(1.0, "share of the answers' tokens, those of highest entropy, that the loss uses")
+        "token", "average over all tokens (DAPO), per answer then over answers (GRPO), or by max-new-tokens "
+        "(Dr. GRPO)")
+    top_entropy: float = flag(
+        1.0, "share of the answers' tokens, those of highest entropy, that the loss uses"
+    )
 
     learning_rate: float = flag(1e-6, "of AdamW")
     lr_schedule: Literal["constant", "linear"] = flag("constant", "linear falls to zero over the run")
-    adam_betas: list[float] = flag([0.9, 0.999], "decay of the mean of gradients and of their squares")
+    adam_betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999],
+        metadata={"help": "decay of the mean of gradients and of their squares"},
+    )
     weight_decay: float = flag(0.0, "decoupled, as in AdamW")
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 never clips")
 
     memory_budget_gib: float | None = flag(None, "memory to plan for, in GiB; default: what is free")
-    offload_optimizer: bool = flag(False, "keep the optimizer's state in host memory: less GPU memory, slower steps")
-    micro_batch_tokens: int | None = flag(None, "tokens in a forward pass of the update; default: as the memory allows")
-    checkpointed_layers: int | None = flag(None, "layers whose activations are computed again in the backward pass; "
-                                           "default: as few as the memory allows")
+    offload_optimizer: bool = flag(
+        False, "keep the optimizer's state in host memory: less GPU memory, slower steps"
+    )
+    micro_batch_tokens: int | None = flag(
+        None, "tokens in a forward pass of the update; default: as the memory allows"
+    )
+    checkpointed_layers: int | None = flag(None, "layers whose activations are computed again in the "
+                                           "backward pass; default: as few as the memory allows")
 
     eval_every: int = flag(50, "steps between evaluations on the held-out examples; 0: only before and after")
     eval_examples: int = flag(128, "held-out examples")
     eval_samples: int = flag(0, "also sample this many answers to each held-out example and report pass@k")
     eval_only: bool = flag(False, "evaluate the model and stop")
     save_every: int = flag(0, "steps between checkpoints; 0: only the final model is saved")
+    keep_checkpoints: int = flag(2, "keep this many checkpoints, the newest; 0 keeps all")
+    resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
+                              "from `latest`, the newest of the newest run; its settings are taken over")
+    max_bad_steps: int = flag(5, "stop after so many steps in a row without a finite loss and gradient")
+    list_recipes: bool = flag(False, "print the recipes as a table and stop")
 
 
 # The first field of each group in `--help`, and the group's title.
@@ -118,33 +167,36 @@ GROUPS = {
 }
 
 RECIPES: dict[str, dict] = {
-    "tiny": dict(
-        model="embedded", task="mini-countdown", steps=350, max_new_tokens=24, eval_examples=120, skip_truncated=True,
-        learning_rate=5e-4, lr_schedule="linear", adam_betas=[0.9, 0.98],
-        cold_start_steps=400, cold_start_lr=3e-3, cold_start_batch=32,
-    ),
-    "improved": dict(
-        temperature=0.5, skip_truncated=True, clip_high=0.3, beta=0.01, reference_every=10, top_entropy=0.2,
-        learning_rate=1e-5,
-    ),
-    "nano-aha": dict(
-        model="Qwen/Qwen2.5-3B", prompts_per_step=16, group_size=4, advantage_eps=1e-4, beta=0.001,
-        reward=["countdown_equation", "countdown_strict_format"],
-    ),
-    "grpo-zero": dict(
-        model="Qwen/Qwen2.5-3B-Instruct", loss_temperature=1.0, advantage_eps=1e-4, learning_rate=1e-5,
-    ),
-    "simple-grpo": dict(
-        model="Qwen/Qwen2.5-7B", task="gsm8k", prompts_per_step=4, max_new_tokens=700, temperature=0.9,
-        loss_temperature=1.0, advantage_std="sample", advantage_eps=1e-4, beta=0.04, aggregation="sequence",
-        max_grad_norm=0.0, reward=["gsm8k_last_number", "gsm8k_signed_format"],
-    ),
-    "lm-book": dict(
-        task="gsm8k", prompt_format="gsm8k-reasoning", prompts_per_step=4, group_size=16, max_new_tokens=500,
-        loss_temperature=1.0, advantage_std="sample", advantage_eps=1e-4, updates_per_batch=3, clip_low=0.1,
-        clip_high=0.1, beta=0.04, reference_every=500, aggregation="sequence", learning_rate=5e-6, max_grad_norm=0.1,
-        reward=["gsm8k_answer", "reasoning_tags"],
-    ),
+    "tiny": {
+        "model": "embedded", "task": "mini-countdown", "steps": 300, "max_new_tokens": 16,
+        "eval_examples": 120, "skip_truncated": True, "learning_rate": 5e-4, "lr_schedule": "linear",
+        "adam_betas": [0.9, 0.98], "cold_start_steps": 500, "cold_start_lr": 3e-3, "cold_start_batch": 32,
+    },
+    "improved": {
+        "temperature": 0.5, "skip_truncated": True, "clip_high": 0.3, "beta": 0.01, "reference_every": 10,
+        "top_entropy": 0.2, "learning_rate": 1e-5,
+    },
+    "nano-aha": {
+        "model": "Qwen/Qwen2.5-3B", "prompts_per_step": 16, "group_size": 4, "advantage_eps": 1e-4,
+        "beta": 0.001, "reward": ["countdown_equation", "countdown_strict_format"],
+    },
+    "grpo-zero": {
+        "model": "Qwen/Qwen2.5-3B-Instruct", "loss_temperature": 1.0, "advantage_eps": 1e-4,
+        "learning_rate": 1e-5,
+    },
+    "simple-grpo": {
+        "model": "Qwen/Qwen2.5-7B", "task": "gsm8k", "prompts_per_step": 4, "max_new_tokens": 700,
+        "temperature": 0.9, "loss_temperature": 1.0, "advantage_std": "sample", "advantage_eps": 1e-4,
+        "beta": 0.04, "aggregation": "sequence", "max_grad_norm": 0.0,
+        "reward": ["gsm8k_last_number", "gsm8k_signed_format"],
+    },
+    "lm-book": {
+        "task": "gsm8k", "prompt_format": "gsm8k-reasoning", "prompts_per_step": 4, "group_size": 16,
+        "max_new_tokens": 500, "loss_temperature": 1.0, "advantage_std": "sample", "advantage_eps": 1e-4,
+        "updates_per_batch": 3, "clip_low": 0.1, "clip_high": 0.1, "beta": 0.04, "reference_every": 500,
+        "aggregation": "sequence", "learning_rate": 5e-6, "max_grad_norm": 0.1,
+        "reward": ["gsm8k_answer", "reasoning_tags"],
+    },
 }
 
 
@@ -158,7 +210,7 @@ def resolve_recipe(recipe: str) -> str:
 
 
 def make_config(recipe: str = "auto", **overrides) -> Config:
-    """A recipe's settings with `overrides`, checked. Raises InputError (unknown recipe or setting, value out of range)."""
+    """A recipe's settings with `overrides`, checked; InputError if unknown or out of range."""
     recipe = resolve_recipe(recipe)
     names = [f.name for f in dataclasses.fields(Config)]
     if unknown := [name for name in overrides if name not in names]:
@@ -172,10 +224,11 @@ def check_config(config: Config) -> None:
     """Raises InputError for the first value that no run can have."""
     at_least = {
         "steps": 0, "train_examples": 1, "cold_start_steps": 0, "cold_start_batch": 1, "prompts_per_step": 1,
-        "group_size": 2, "max_new_tokens": 1, "max_rows": 1, "advantage_eps": 0, "updates_per_batch": 1, "clip_low": 0,
-        "clip_high": 0, "beta": 0, "reference_every": 0, "learning_rate": 0, "cold_start_lr": 0, "weight_decay": 0,
-        "max_grad_norm": 0, "micro_batch_tokens": 1, "checkpointed_layers": 0, "eval_every": 0, "eval_examples": 1,
-        "eval_samples": 0, "save_every": 0,
+        "group_size": 2, "max_new_tokens": 1, "max_rows": 1, "advantage_eps": 0, "updates_per_batch": 1,
+        "clip_low": 0, "clip_high": 0, "beta": 0, "reference_every": 0, "learning_rate": 0,
+        "cold_start_lr": 0, "weight_decay": 0, "max_grad_norm": 0, "micro_batch_tokens": 1,
+        "checkpointed_layers": 0, "eval_every": 0, "eval_examples": 1, "eval_samples": 0, "save_every": 0,
+        "keep_checkpoints": 0, "max_bad_steps": 1,
     }
     for name, least in at_least.items():
         value = getattr(config, name)
@@ -186,13 +239,17 @@ def check_config(config: Config) -> None:
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if not 0 < config.top_entropy <= 1:
-        raise InputError(f"--top-entropy {config.top_entropy}: must be above 0 and at most 1 (1 uses every token)")
+        raise InputError(f"--top-entropy {config.top_entropy}: must be above 0 and at most 1 "
+                         "(1 uses every token)")
     if config.clip_low > 1:
         raise InputError(f"--clip-low {config.clip_low}: must be at most 1, since ratios are positive")
     if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
         raise InputError(f"--adam-betas {config.adam_betas}: give two numbers of at least 0 and below 1")
-    if config.prompt_format and (config.prompt_format not in data.PROMPTS or Path(config.task).suffix in data.FILE_TYPES):
-        raise InputError(f"--prompt-format {config.prompt_format}: with a built-in task, one of {', '.join(data.PROMPTS)}")
+    if config.prompt_format and (
+        config.prompt_format not in data.PROMPTS or Path(config.task).suffix in data.FILE_TYPES
+    ):
+        raise InputError(f"--prompt-format {config.prompt_format}: with a built-in task, one of "
+                         f"{', '.join(data.PROMPTS)}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu, or check the driver")
     for name, choices in (("dtype", ("auto", "bfloat16", "float32")), ("device", ("auto", "cpu", "cuda"))):
@@ -200,14 +257,14 @@ def check_config(config: Config) -> None:
             raise InputError(f"--{name} {getattr(config, name)}: use one of {', '.join(choices)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling: token ids in, token ids out
 
 
 @dataclass
 class Completion:
     """One sampled answer: its n token ids (with the EOS, when one was sampled) and, for each, the sampler's
-    log-probability and the entropy of the distribution it was drawn from, both in nats at the sampling temperature."""
+    log-probability and the entropy of the distribution it was drawn from, both in nats at its temperature."""
 
     ids: list[int]
     logprobs: list[float]
@@ -218,8 +275,9 @@ class Completion:
 class RowCache(transformers.Cache):
     """Keys and values of all live rows, allocated once and written in place.
 
-    All rows write the same column at each step; a row admitted late has its prompt placed so that it ends at the
-    current column. Positions are rotated into the keys before they arrive, so a column has no meaning of its own.
+    All rows write the same column at each step; a row admitted late has its prompt placed so that it ends at
+    the current column. Positions are rotated into the keys before they arrive, so a column has no meaning of
+    its own.
     """
 
     def __init__(self, rows: int, columns: int):
@@ -241,12 +299,14 @@ class RowCache(transformers.Cache):
         return self.column
 
     def place(self, prefilled: transformers.DynamicCache, source: Tensor, rows: Tensor) -> None:
-        """Copy prompt `source[i]` of a prefilled cache into row `rows[i]`, so that it ends at the current column."""
+        """Copy prompt `source[i]` of a prefilled cache into row `rows[i]`, ending at the current column."""
         if not self.keys:
             for layer in prefilled.layers:
                 _, heads, _, size = layer.keys.shape
                 self.keys.append(layer.keys.new_zeros(self.rows, heads, self.columns, size))
-                self.values.append(layer.values.new_zeros(self.rows, heads, self.columns, layer.values.shape[-1]))
+                self.values.append(
+                    layer.values.new_zeros(self.rows, heads, self.columns, layer.values.shape[-1])
+                )
         for layer, keys, values in zip(prefilled.layers, self.keys, self.values):
             start = self.column - layer.keys.shape[2]
             keys[rows, :, start : self.column] = layer.keys[source]
@@ -261,27 +321,31 @@ class RowCache(transformers.Cache):
     def forget(self, columns: int) -> None:
         """Drop the first `columns` columns, which no unfinished row can see."""
         for buffer in self.keys + self.values:
-            buffer[: self.live, :, : self.column - columns] = buffer[: self.live, :, columns : self.column].clone()
+            buffer[: self.live, :, : self.column - columns] = (
+                buffer[: self.live, :, columns : self.column].clone()
+            )
         self.column -= columns
 
 
 def prefill(model, prompts: list[list[int]], pad_token_id: int):
-    """Run the prompts, padded on the left, through the model once: (cache, visible[rows, columns], logits[rows, V])."""
+    """One pass over the prompts, padded on the left: (cache, visible[rows, columns], logits[rows, V])."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
     visible = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     cache = transformers.DynamicCache()
     positions = (visible.cumsum(1) - 1).clamp(min=0)
     logits = model(
-        ids, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ids, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1
     ).logits[:, -1]
     return cache, visible.bool(), logits
 
 
 def choose_tokens(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw one token a row from logits[rows, V]: (tokens, their log-probabilities, entropies). Temperature 0: the best."""
+    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies); the best at 0."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    probabilities = logprobs.exp()
+    # Logits that are not numbers draw any token; its log-probability stays NaN, which tells on the step.
+    probabilities = logprobs.exp().nan_to_num_(nan=1.0)
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
@@ -305,9 +369,10 @@ def sample(
 ) -> list[Completion]:
     """`group_size` completions of each prompt, prompt after prompt.
 
-    Each prompt is run once and its cache copied to its group. All rows are decoded together; rows that finish make
-    room for prompts that wait (at most `max_rows` are live), or, when none waits, leave the batch. `temperature` 0 is
-    greedy. Raises InputError for an empty prompt, or a model whose attention can't see the whole answer.
+    Each prompt is run once and its cache copied to its group. All rows are decoded together; rows that finish
+    make room for prompts that wait (at most `max_rows` are live), or, when none waits, leave the batch.
+    `temperature` 0 is greedy. Raises InputError for an empty prompt, or a model whose attention can't see the
+    whole answer.
     """
     device, total = model.device, len(prompts) * group_size
     if not prompts or not all(prompts):
@@ -315,13 +380,14 @@ def sample(
     longest = max(map(len, prompts))
     refuse_short_windows(model.config, longest + max_new_tokens)
     rows = min(max_rows or total, total)
-    spare = max_new_tokens // 2 if rows < total else 0  # so that old columns are forgotten now and then, not at each step
+    # Some columns to spare, so that old ones are forgotten now and then, not at each step.
+    spare = max_new_tokens // 2 if rows < total else 0
     cache = RowCache(rows, longest + max_new_tokens + spare)
     cache.column = longest
     hidden = torch.finfo(model.dtype).min
-    mask = torch.full((rows, cache.columns), hidden, dtype=model.dtype, device=device)  # added to the attention scores
+    mask = torch.full((rows, cache.columns), hidden, dtype=model.dtype, device=device)  # added to the scores
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
-    check_every = 8 if device.type == "cuda" else 1  # asking whether rows finished makes the host wait for the GPU
+    check_every = 8 if device.type == "cuda" else 1  # asking which rows finished waits for the GPU
 
     # What was sampled, by episode; finished rows go on writing into the last column until they are removed.
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
@@ -348,7 +414,7 @@ def sample(
         if step % check_every == 0:
             busy = int((~done[: cache.live]).sum())
             waiting = total - admitted
-            if waiting and rows - busy >= min(waiting, max(1, rows // 8)):  # several at once: prefill in batches
+            if waiting and rows - busy >= min(waiting, max(1, rows // 8)):  # several: prefill in batches
                 free = done.nonzero().squeeze(1)[:waiting]
                 chosen = torch.arange(admitted, admitted + len(free), device=device)
                 first = admitted // group_size
@@ -358,7 +424,9 @@ def sample(
                 cache.live = max(cache.live, int(free.max()) + 1)
                 cache.place(prefilled, source, free)
                 mask[free] = hidden
-                mask[free, cache.column - visible.shape[1] : cache.column] = torch.where(visible, 0, hidden)[source].to(mask.dtype)
+                mask[free, cache.column - visible.shape[1] : cache.column] = (
+                    torch.where(visible, 0, hidden)[source].to(mask.dtype)
+                )
                 position[free] = visible.sum(1)[source]
                 start[free] = cache.column - position[free]
                 episode[free], done[free] = chosen, False
@@ -371,7 +439,9 @@ def sample(
                 keep = (~done[: cache.live]).nonzero().squeeze(1)
                 cache.keep(keep)
                 mask = mask[keep]
-                episode, token, position, start, done = (x[keep] for x in (episode, token, position, start, done))
+                episode, token, position, start, done = (
+                    x[keep] for x in (episode, token, position, start, done)
+                )
             if progress is not None:
                 progress.update(admitted - busy - progress.n)
         if cache.column == cache.columns:
@@ -398,17 +468,19 @@ def sample(
 
 
 def refuse_short_windows(config, tokens: int) -> None:
-    """Raises InputError when the model's attention does not reach over `tokens` tokens: `sample` lets it see them all."""
+    """Raises InputError when the model's attention doesn't reach over `tokens` tokens, as `sample` needs."""
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    if types - {"full_attention", "sliding_attention"} or ("sliding_attention" in types and (window or 0) < tokens):
+    if types - {"full_attention", "sliding_attention"} or (
+        "sliding_attention" in types and (window or 0) < tokens
+    ):
         raise InputError(
-            f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of {tokens} tokens; use a "
-            "model with full attention, or a shorter --max-new-tokens"
+            f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of {tokens} "
+            "tokens; use a model with full attention, or a shorter --max-new-tokens"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From answers to numbers: rewards, advantages, token weights
 
 
@@ -426,8 +498,11 @@ class Episode:
     advantage: float = 0.0
 
 
-def rollout(model, tokenizer, examples: list[dict], weights: dict[str, float], *, progress=None, **sampling) -> list[Episode]:
-    """Sample answers to the examples and score them; `weights` as in `rewards.score`, `sampling` as in `sample`."""
+def rollout(
+    model, tokenizer, examples: list[dict], weights: dict[str, float], *, reward_model=None,
+    reward_model_weight: float = 1.0, progress=None, **sampling,
+) -> list[Episode]:
+    """Sample answers to the examples, score them: `weights` for `rewards.score`, `sampling` for `sample`."""
     group_size = sampling.get("group_size", 1)
     prompts = [example["prompt_ids"] for example in examples]
     completions = sample(model, prompts, progress=progress, **sampling)
@@ -439,6 +514,11 @@ def rollout(model, tokenizer, examples: list[dict], weights: dict[str, float], *
         text = tokenizer.decode(ids, skip_special_tokens=False)
         reward, parts = rewards.score(text, examples[group], weights)
         episodes.append(Episode(examples[group], group, prompts[group], completion, text, reward, parts))
+    if reward_model is not None:
+        scores = reward_model.scores([(e.example["prompt"], e.text) for e in episodes])
+        for episode, score in zip(episodes, scores):
+            episode.parts["reward_model"] = score
+            episode.reward += reward_model_weight * score
     return episodes
 
 
@@ -448,17 +528,18 @@ def is_solved(episode: Episode) -> bool:
 
 
 def group_advantages(
-    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "none"] = "population", eps: float = 1e-6
+    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "none"] = "population",
+    eps: float = 1e-6,
 ) -> Tensor:
-    """How much better each answer is than the others to the same prompt: (r - mean) / (std + eps) within its group.
+    """How much better each answer is than the others to its prompt: (r - mean) / (std + eps) in its group.
 
-    rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv 2402.03300), section
-    4.1.2; std "none" is Dr. GRPO (arXiv 2503.20783). A group of one has advantage 0.
+    rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv
+    2402.03300), section 4.1.2; std "none" is Dr. GRPO (arXiv 2503.20783). A group of one has advantage 0.
     """
     index = groups.unique(return_inverse=True)[1]
     rewards = rewards.double()
     count = torch.bincount(index).double()
-    total = lambda x: torch.zeros_like(count).index_add_(0, index, x)  # noqa: E731
+    total = lambda x: torch.zeros_like(count).index_add_(0, index, x)
     centred = rewards - (total(rewards) / count)[index]
     # A mean is rounded: without this, equal rewards could leave 1e-17, which the division would blow up.
     centred = torch.where(centred.abs() <= 1e-12 * rewards.abs(), 0.0, centred)
@@ -470,12 +551,13 @@ def group_advantages(
 
 
 def token_weights(
-    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"] = "token", max_new_tokens: int | None = None
+    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"] = "token",
+    max_new_tokens: int | None = None,
 ) -> Tensor:
     """The weight of each token of each answer in the loss: lengths[E] in tokens -> weights[E].
 
-    "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300, eq. 3):
-    1 / (its answer's length x E). "constant" (Dr. GRPO, arXiv 2503.20783): 1 / (E x max_new_tokens).
+    "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300,
+    eq. 3): 1 / (its answer's length x E). "constant" (Dr. GRPO, arXiv 2503.20783): 1 / (E x max_new_tokens).
     """
     lengths = lengths.float()
     if aggregation == "token":
@@ -484,22 +566,23 @@ def token_weights(
         return 1 / (lengths.clamp(min=1) * len(lengths))
     if aggregation == "constant" and max_new_tokens:
         return torch.full_like(lengths, 1 / (len(lengths) * max_new_tokens))
-    raise InputError(f"aggregation {aggregation!r}: use 'token', 'sequence', or 'constant' with max_new_tokens")
+    raise InputError(f"aggregation {aggregation!r}: use 'token', 'sequence', or 'constant' with "
+                     "max_new_tokens")
 
 
 def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
-    """True for the `fraction` of tokens of highest entropy: entropies[n] -> bool[n] (arXiv 2506.01939, eq. 5).
+    """True for the `fraction` of tokens of highest entropy: entropies[n] -> bool[n] (2506.01939, eq. 5).
 
     The threshold is the (1 - fraction) quantile; tokens that tie with it are kept.
     """
     if fraction >= 1 or not len(entropies):
         return torch.ones_like(entropies, dtype=torch.bool)
-    # By rank, as torch.quantile stops at 16 M elements; the rounding keeps 0.8 * 5 from being a little more than 4.
+    # By rank, as torch.quantile stops at 16 M elements; the rounding keeps 0.8 * 5 from coming out above 4.
     rank = math.ceil(round((1 - fraction) * (len(entropies) - 1), 6))
     return entropies >= entropies.kthvalue(rank + 1).values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -515,10 +598,11 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss over tokens, all arguments of any one shape: (0-dim loss, stats).
 
-    Without `old_logprobs` the batch is exactly on-policy: the ratio pi/pi_old is 1 whatever its gradient, clipping can't
-    act, and A * logprob has the same gradient as A * ratio. With them it is PPO's clipped surrogate (arXiv 1707.06347,
-    eq. 7; two bounds as in DAPO, arXiv 2503.14476). The KL term is the k3 estimator (GRPO, arXiv 2402.03300, eq. 4).
-    stats: means over the tokens given, `kl` with a reference and `clip_fraction` with old log-probabilities.
+    Without `old_logprobs` the batch is exactly on-policy: the ratio pi/pi_old is 1 whatever its gradient,
+    clipping can't act, and A * logprob has the same gradient as A * ratio. With them it is PPO's clipped
+    surrogate (arXiv 1707.06347, eq. 7; two bounds as in DAPO, arXiv 2503.14476). The KL term is the k3
+    estimator (GRPO, arXiv 2402.03300, eq. 4). stats: means over the tokens given, `kl` with a reference and
+    `clip_fraction` with old log-probabilities.
     """
     stats = {}
     if old_logprobs is None:
@@ -536,13 +620,13 @@ def grpo_loss(
     return -(weights * surrogate).sum(), stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The update
 
 
 @dataclass
 class Lesson:
-    """An episode as the update sees it: n completion tokens, of which the m that `counts` selects enter the loss."""
+    """An episode as the update sees it: n completion tokens, of which `counts` selects the m for the loss."""
 
     prompt: list[int]
     completion: list[int]
@@ -556,10 +640,13 @@ class Lesson:
         return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
 
 
-def lesson_logprobs(policy, lessons: list[Lesson], temperature: float, checkpointed_layers: int | None = 0) -> tuple[Tensor, Tensor]:
+def lesson_logprobs(
+    policy, lessons: list[Lesson], temperature: float, checkpointed_layers: int | None = 0
+) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) of the tokens that count, one lesson after the other.
 
-    Rows are padded on the right without an attention mask: attention is causal, so no real token sees the padding.
+    Rows are padded on the right without an attention mask: attention is causal, so no real token sees the
+    padding.
     """
     device = policy.head.device
     ids = torch.zeros(len(lessons), max(map(len, lessons)), dtype=torch.long)
@@ -580,10 +667,13 @@ def lesson_logprobs(policy, lessons: list[Lesson], temperature: float, checkpoin
         )
 
 
-def in_micro_batches(lessons: list[Lesson], plan: memory.MemoryPlan, work, start_over, progress=None) -> float:
+def in_micro_batches(
+    lessons: list[Lesson], plan: memory.MemoryPlan, work, start_over, progress=None
+) -> float:
     """Call work(lessons of a micro-batch) until all are through; returns the share of padding.
 
-    When the GPU's memory runs out, `start_over()` undoes what was done and micro-batches of half the size are tried.
+    When the GPU's memory runs out, `start_over()` undoes what was done and micro-batches of half the size are
+    tried.
     """
     lengths = [len(lesson) for lesson in lessons]
     while True:
@@ -597,8 +687,8 @@ def in_micro_batches(lessons: list[Lesson], plan: memory.MemoryPlan, work, start
         except torch.OutOfMemoryError as error:
             if plan.micro_batch_tokens <= max(lengths):
                 raise memory.DoesNotFit(
-                    "out of memory in an update with one answer at a time; try --offload-optimizer, a shorter "
-                    f"--max-new-tokens or a smaller --model. The plan was:\\n{plan.table()}"
+                    "out of memory in an update with one answer at a time; try --offload-optimizer, a "
+                    f"shorter --max-new-tokens or a smaller --model. The plan was:\n{plan.table()}"
                 ) from error
         # Outside the handler, because the exception holds on to the failed pass's tensors.
         plan.micro_batch_tokens = max(plan.micro_batch_tokens // 2, max(lengths))
@@ -609,10 +699,10 @@ def in_micro_batches(lessons: list[Lesson], plan: memory.MemoryPlan, work, start
 
 
 def make_lessons(episodes: list[Episode], config: Config) -> list[Lesson]:
-    """What is to be learned from the step's episodes (truncated ones are gone already, if they are to be skipped).
+    """What is to be learned from the step's episodes (to be skipped, truncated ones are gone already).
 
-    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, the episodes of
-    groups without spread are dropped: their gradient is zero.
+    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, the
+    episodes of groups without spread are dropped: their gradient is zero.
     """
     lengths = torch.tensor([len(episode.completion.ids) for episode in episodes])
     weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
@@ -625,11 +715,13 @@ def make_lessons(episodes: list[Episode], config: Config) -> list[Lesson]:
     ]
 
 
-def update(policy, reference, optimizer, lessons: list[Lesson], config: Config, plan, progress=None) -> dict[str, float]:
+def update(
+    policy, reference, optimizer, lessons: list[Lesson], config: Config, plan, progress=None
+) -> dict[str, float]:
     """`updates_per_batch` optimizer steps on one batch of lessons; returns the update's metrics.
 
-    Old log-probabilities (several updates only) and the reference's come from the very code that computes the current
-    ones, before the first update. A gradient that is not finite changes nothing.
+    Old log-probabilities (several updates only) and the reference's come from the very code that computes the
+    current ones, before the first update. A gradient that is not finite changes nothing.
     """
     temperature = config.loss_temperature or config.temperature
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
@@ -650,33 +742,37 @@ def update(policy, reference, optimizer, lessons: list[Lesson], config: Config, 
             store_logprobs("ref_logprobs")
 
     tokens = sum(int(lesson.counts.sum()) for lesson in lessons)
-    metrics = dict(loss=0.0, kl=None, clip_fraction=None, grad_norm=None, padding_share=None, bad_updates=0)
-    for number in range(config.updates_per_batch):
-        sums = {}
+    metrics = {"loss": 0.0, "kl": None, "clip_fraction": None, "grad_norm": None, "padding_share": None,
+               "bad_updates": 0}
+    sums: dict[str, Tensor] = {}
 
-        def learn(batch: list[Lesson]) -> None:
-            logprobs, _ = lesson_logprobs(policy, batch, temperature, plan.checkpointed_layers)
-            repeats = torch.tensor([int(lesson.counts.sum()) for lesson in batch])
-            advantages, weights = (
-                torch.tensor([getattr(lesson, name) for lesson in batch]).repeat_interleave(repeats).to(logprobs.device)
-                for name in ("advantage", "weight")
-            )
-            old, ref = (
-                torch.cat([getattr(lesson, name) for lesson in batch]) if getattr(batch[0], name) is not None else None
-                for name in ("old_logprobs", "ref_logprobs")
-            )
-            loss, stats = grpo_loss(
-                logprobs, advantages, weights, old, ref, config.clip_low, config.clip_high, config.beta
-            )
-            loss.backward()
-            share = len(logprobs) / tokens
-            for name, value in [("loss", loss.detach())] + [(name, share * value) for name, value in stats.items()]:
-                sums[name] = sums.get(name, 0) + value
+    def learn(batch: list[Lesson]) -> None:
+        logprobs, _ = lesson_logprobs(policy, batch, temperature, plan.checkpointed_layers)
+        repeats = torch.tensor([int(lesson.counts.sum()) for lesson in batch])
+        advantages, weights = (
+            torch.tensor([getattr(lesson, name) for lesson in batch])
+            .repeat_interleave(repeats).to(logprobs.device) for name in ("advantage", "weight")
+        )
+        old, ref = (
+            torch.cat([getattr(lesson, name) for lesson in batch])
+            if getattr(batch[0], name) is not None else None for name in ("old_logprobs", "ref_logprobs")
+        )
+        loss, stats = grpo_loss(
+            logprobs, advantages, weights, old, ref, config.clip_low, config.clip_high, config.beta
+        )
+        loss.backward()
+        share = len(logprobs) / tokens
+        for name, value in [("loss", loss.detach())] + [
+            (name, share * value) for name, value in stats.items()
+        ]:
+            sums[name] = sums.get(name, 0) + value
 
-        def start_over() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            sums.clear()
+    def start_over() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        sums.clear()
 
+    for _ in range(config.updates_per_batch):
+        sums.clear()
         if progress is not None:
             progress.reset(total=len(lessons))
         metrics["padding_share"] = in_micro_batches(lessons, plan, learn, start_over, progress)
@@ -686,13 +782,14 @@ def update(policy, reference, optimizer, lessons: list[Lesson], config: Config, 
         else:
             metrics["bad_updates"] += 1
         optimizer.zero_grad(set_to_none=True)
-        metrics["grad_norm"] = norm if math.isfinite(norm) else None
+        metrics["grad_norm"] = norm
         metrics.update({name: float(value) for name, value in sums.items()})
-    return metrics
+    # JSON has no NaN.
+    return {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}
 
 
 def cold_start(policy, optimizer, examples: list[dict], config: Config, plan, rng: random.Random) -> None:
-    """Supervised steps on demonstrations: the mean log-probability of their tokens is raised, by the code of the update.
+    """Supervised steps on demonstrations: the mean log-probability of their tokens is raised, by `update`.
 
     It is GRPO's loss with every advantage 1 and the weights of "token".
     """
@@ -701,32 +798,67 @@ def cold_start(policy, optimizer, examples: list[dict], config: Config, plan, rn
     for _ in range(config.cold_start_steps):
         batch = [rng.choice(examples) for _ in range(config.cold_start_batch)]
         texts = [data.demonstration(example, rng) for example in batch]
-        demonstrations.append([(e["prompt_ids"], policy.tokenizer(t, add_special_tokens=False).input_ids + [eos])
-                               for e, t in zip(batch, texts)])
-    for step, pairs in enumerate(tqdm(demonstrations, "cold start", leave=False, disable=not sys.stderr.isatty())):
+        demonstrations.append([
+            (e["prompt_ids"], policy.tokenizer(t, add_special_tokens=False).input_ids + [eos])
+            for e, t in zip(batch, texts)
+        ])
+    for step, pairs in enumerate(
+        tqdm(demonstrations, "cold start", leave=False, disable=not sys.stderr.isatty())
+    ):
         for group in optimizer.param_groups:
             group["lr"] = config.cold_start_lr * (1 - step / config.cold_start_steps)
         total = sum(len(completion) for _, completion in pairs)
         lessons = [Lesson(p, c, torch.ones(len(c), dtype=torch.bool), 1.0, 1 / total) for p, c in pairs]
-        settings = dataclasses.replace(config, updates_per_batch=1, beta=0.0, loss_temperature=1.0, max_grad_norm=1.0)
+        settings = dataclasses.replace(
+            config, updates_per_batch=1, beta=0.0, loss_temperature=1.0, max_grad_norm=1.0
+        )
         update(policy, None, optimizer, lessons, settings, plan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and the run's files
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
-def evaluate(policy, examples: list[dict], weights: dict[str, float], samples: int, config: Config, plan, generator) -> dict:
-    """Greedy accuracy on held-out examples, pass@k of k = `samples` sampled answers (0: none), the greedy episodes."""
-    settings = dict(max_new_tokens=config.max_new_tokens, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id,
-                    max_rows=plan.max_rows, generator=generator)
-    episodes = rollout(policy.model, policy.tokenizer, examples, weights, temperature=0.0, **settings)
-    result = {"accuracy": sum(map(is_solved, episodes)) / len(episodes), "episodes": episodes, "pass_at_k": None}
+def evaluate(
+    policy, examples: list[dict], scoring: dict, samples: int, config: Config, plan, generator
+) -> dict:
+    """Greedy accuracy on held-out examples, pass@k of k = `samples` sampled answers (0: none), and the first
+    three greedy answers to show."""
+    settings = {
+        "max_new_tokens": config.max_new_tokens, "eos_token_id": policy.stops,
+        "pad_token_id": policy.pad_token_id, "max_rows": plan.max_rows, "generator": generator, **scoring,
+    }
+    greedy = rollout(policy.model, policy.tokenizer, examples, temperature=0.0, **settings)
+    result = {"accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
+    result["shown"] = [(last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
     if samples:
-        drawn = rollout(policy.model, policy.tokenizer, examples, weights, temperature=config.temperature,
+        drawn = rollout(policy.model, policy.tokenizer, examples, temperature=config.temperature,
                         group_size=samples, **settings)
         result["pass_at_k"] = len({e.group for e in drawn if is_solved(e)}) / len(examples)
     return result
+
+
+def last_request(prompt: str | list[dict]) -> str:
+    """What the prompt asks: its text, or the last message that is not the assistant's open turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((m["content"] for m in reversed(prompt) if m["role"] != "assistant"), prompt[0]["content"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run's files
+
+
+def append_lines(path: Path, records: list[dict]) -> None:
+    """Add JSON lines in one flushed write; on a full disk the file keeps whole lines, and the run goes on."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+    except OSError as error:
+        warn(f"{path} can't be written ({error}); training goes on, these lines are lost")
+        if path.exists():
+            os.truncate(path, size)
 
 
 def save_model(policy, folder: Path) -> None:
@@ -735,25 +867,107 @@ def save_model(policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def append_line(path: Path, record: dict) -> None:
-    """Add one JSON line and flush it, so that another process reads whole lines only."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state" / "state.pt").is_file()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
+    """`checkpoint-<step>`, which appears whole or not at all; then all but the newest `keep` are removed.
+
+    Written beside, synced, renamed. A failure (full disk, no permission) only warns: older checkpoints stay.
+    """
+    final, partial = folder / f"checkpoint-{state['step']}", folder / ".checkpoint.partial"
+    if final.exists():
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+        save_model(policy, partial)
+        (partial / "trainer_state").mkdir()
+        torch.save(state, partial / "trainer_state" / "state.pt")
+        for path in [*partial.rglob("*"), partial]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        partial.rename(final)
+        if keep:
+            for old in checkpoints(folder)[:-keep]:
+                # Renamed first, so that one half deleted is never taken for a checkpoint.
+                shutil.rmtree(old.rename(folder / ".checkpoint.old"))
+    except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
+        warn(
+            f"checkpoint-{state['step']} could not be saved ({str(error).splitlines()[0]}); training goes on"
+        )
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def find_checkpoint(resume: str, output_dir: str) -> Path:
+    """The checkpoint that --resume means; InputError when there is none."""
+    place = Path(resume)
+    if resume == "latest":
+        every = [c for run in Path(output_dir).glob("*") for c in checkpoints(run)[-1:]]
+        found = max(every, key=lambda c: c.stat().st_mtime, default=None)
+    elif (place / "trainer_state" / "state.pt").is_file():
+        found = place
+    else:
+        found = next(reversed(checkpoints(place)), None)
+    if found is None:
+        raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
+                         f"folder of a run that has one, or `latest` for the newest below {output_dir}")
+    return found
+
+
+def keep_lines_up_to(path: Path, step: int) -> list[dict]:
+    """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
+    if not path.exists():
+        return []
+    kept = [record for record in map(json.loads, path.read_text().splitlines()) if record["step"] <= step]
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    beside.replace(path)
+    return kept
 
 
 def sample_records(step: int, episodes: list[Episode], groups: int = 2) -> list[dict]:
     """What samples.jsonl keeps of a step: the first few prompts with all their completions."""
     return [
         {
-            "step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"}, "completion": e.text,
-            "reward": e.reward, "parts": e.parts, "advantage": e.advantage, "finished": e.completion.finished,
+            "step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
+            "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
+            "finished": e.completion.finished,
         }
         for e in episodes if e.group < groups
     ]
 
 
+def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str | None, rate: float) -> dict:
+    """One line of metrics.jsonl, but for the timings. Values that the step did not have are null."""
+    def mean(values: list) -> float:
+        return sum(values) / len(values)
+
+    groups: dict[int, set] = {}
+    for e in episodes:
+        groups.setdefault(e.group, set()).add(e.advantage)
+    entropies = [entropy for e in episodes for entropy in e.completion.entropies if math.isfinite(entropy)]
+    numbers = ("loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates")
+    return {
+        "step": step,
+        "reward": mean([e.reward for e in episodes]),
+        **{f"reward/{name}": mean([e.parts[name] for e in episodes]) for name in episodes[0].parts},
+        "accuracy": mean([is_solved(e) for e in episodes]),
+        "completion_length": mean([len(e.completion.ids) for e in episodes]),
+        "truncated_fraction": mean([not e.completion.finished for e in episodes]),
+        "groups_without_spread": mean([advantages == {0.0} for advantages in groups.values()]),
+        "entropy": mean(entropies or [0.0]),
+        **{name: learned.get(name) for name in numbers},
+        "learning_rate": rate,
+        "skipped": skipped,
+    }
+
+
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
-    """Reward and its parts, accuracy, completion length and entropy over the steps, raw values light under a mean."""
+    """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws without a display
@@ -762,17 +976,19 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     parts = [name for name in metrics[0] if name.startswith("reward/")]
     panels = [("reward", ["reward", *parts]), ("accuracy", ["accuracy"]),
               ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
+    steps = [m["step"] for m in metrics]
+    window = max(1, len(steps) // 20)
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), constrained_layout=True)
     for axis, (title, names) in zip(axes.flat, panels):
         for i, name in enumerate(names):
-            steps, values = [m["step"] for m in metrics], [m[name] for m in metrics]
-            window = max(1, len(values) // 20)
-            means = [sum(values[max(0, j - window + 1) : j + 1]) / (j + 1 - max(0, j - window + 1)) for j in range(len(values))]
+            values = [m[name] for m in metrics]
+            recent = [values[max(0, j - window) : j] for j in range(1, len(values) + 1)]
             axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(steps, means, color=f"C{i}", linewidth=2, label=name.removeprefix("reward/"))
+            axis.plot(steps, [sum(part) / len(part) for part in recent], color=f"C{i}", linewidth=2,
+                      label=name.removeprefix("reward/"))
         if title == "accuracy":
-            axis.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko-", markersize=5,
-                      linewidth=1, label="held-out, greedy")
+            axis.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko-",
+                      markersize=5, linewidth=1, label="held-out, greedy")
         axis.set_title(title, fontsize=13)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -782,21 +998,8 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     plt.close(figure)
 
 
-def side_by_side(before: list[Episode], after: list[Episode], count: int = 3) -> str:
-    """The first held-out examples with the greedy answers before and after training, in two columns."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
-    wrap = lambda text: [w for line in text.splitlines() for w in textwrap.wrap(line, width) or [""]][:20]  # noqa: E731
-    lines = []
-    for old, new in list(zip(before, after))[:count]:
-        prompt = old.example["prompt"]
-        lines += ["", *textwrap.wrap(prompt if isinstance(prompt, str) else prompt[-2]["content"] if len(prompt) > 1
-                                     else prompt[0]["content"], 2 * width)]
-        marks = [f"{when} ({'solved' if is_solved(e) else 'not solved'})" for when, e in (("before", old), ("after", new))]
-        left, right = wrap(old.text), wrap(new.text)
-        rows = max(len(left), len(right))
-        for a, b in zip([marks[0], *left, *[""] * (rows - len(left))], [marks[1], *right, *[""] * (rows - len(right))]):
-            lines.append(f"  {a:<{width}}| {b}")
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------------------------------------
+# What a person sees
 
 
 def warn(message: str) -> None:
@@ -807,7 +1010,59 @@ def say(message: str = "") -> None:
     print(message, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def side_by_side(before: list, after: list) -> str:
+    """The shown held-out examples with the greedy answers before and after training, in two columns."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
+
+    def column(when: str, answer: str, solved: bool) -> list[str]:
+        wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
+        return [f"{when} ({'solved' if solved else 'not solved'})", *wrapped[:20]]
+
+    lines = []
+    for (request, old, old_solved), (_, new, new_solved) in zip(before, after):
+        lines += ["", *textwrap.wrap(request, 2 * width)]
+        columns = column("before", old, old_solved), column("after", new, new_solved)
+        lines += [f"  {a:<{width}}| {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")]
+    return "\n".join(lines)
+
+
+def report(summary: dict, config: Config, folder: Path) -> str:
+    """The table of accuracy before and after, and where the files are."""
+    rows = [("held-out accuracy (greedy)", summary["accuracy_before"], summary["accuracy_after"])]
+    if config.eval_samples:
+        rows.append(
+            (f"held-out pass@{config.eval_samples}", summary["pass_at_k_before"], summary["pass_at_k_after"])
+        )
+    lines = [
+        "", f"{'':<28}{'before':>8}{'after':>8}", *(f"{name:<28}{a:>8.3f}{b:>8.3f}" for name, a, b in rows)
+    ]
+    lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
+    return "\n".join(lines + [f"  {folder / name}" for name in ("curves.png", "samples.jsonl", "final/")])
+
+
+def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:
+    """One plain warning for each kind of run that has stopped learning, with what usually helps."""
+    last = metrics[-patience:]
+    if len(last) < patience:
+        return
+    troubles = {
+        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
+        "larger --group-size or --temperature, or a reward with more steps in it usually help":
+            all(m["groups_without_spread"] == 1 and m["truncated_fraction"] < 1 for m in last),
+        "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
+        "--cold-start-steps to teach the form of an answer, usually help":
+            all(m["truncated_fraction"] == 1 for m in last),
+        "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
+        "above 0 or a higher --temperature, from the start, usually help":
+            all(m["entropy"] < 1e-3 for m in last),
+    }
+    for message, is_so in troubles.items():
+        if is_so and message not in warned:
+            warned.add(message)
+            warn(message)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -823,15 +1078,15 @@ class Policy:
     pad_token_id: int
 
 
-def open_policy(config: Config, device: str, dtype: torch.dtype) -> Policy:
+def open_policy(name: str, config: Config, device: str, dtype: torch.dtype) -> Policy:
     """Load the policy and find its parts; InputError when its logits are not simply hidden @ head.T."""
     model, tokenizer = data.load_policy(
-        config.model, dtype=dtype, device=device, seed=config.seed, trust_remote_code=config.trust_remote_code
+        name, dtype=dtype, device=device, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
     try:
         backbone, head = memory.plain_head(model)
     except ValueError as error:
-        raise InputError(f"--model {config.model}: {error}") from error
+        raise InputError(f"--model {name}: {error}") from error
     declared = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -839,15 +1094,16 @@ def open_policy(config: Config, device: str, dtype: torch.dtype) -> Policy:
 
 
 def tokenize(policy: Policy, examples: list[dict], max_new_tokens: int) -> int:
-    """Put `prompt_ids` into each example; returns the longest prompt in tokens. InputError when it leaves no room."""
+    """Put `prompt_ids` into each example; returns the longest's tokens. InputError if one leaves no room."""
     context = policy.model.config.max_position_embeddings
     for example in examples:
         example["prompt_ids"] = data.encode_prompt(policy.tokenizer, example["prompt"])
-        needed = len(example["prompt_ids"]) + max_new_tokens
-        if needed > context:
+        length = len(example["prompt_ids"])
+        if length + max_new_tokens > context:
             raise InputError(
-                f"a prompt of {len(example['prompt_ids'])} tokens and {max_new_tokens} new ones exceed the model's context "
-                f"of {context}; lower --max-new-tokens or drop the prompt that begins {str(example['prompt'])[:80]!r}"
+                f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{context}; lower --max-new-tokens or drop the prompt that begins "
+                f"{str(example['prompt'])[:80]!r}"
             )
     return max(len(example["prompt_ids"]) for example in examples)
 
@@ -860,220 +1116,305 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def train(config: Config) -> dict:
-    """One run, start to end; returns its summary, which is also written to summary.json.
-
-    Raises InputError, rewards.RewardError or memory.DoesNotFit, each with a message for the user.
-    """
-    started = time.monotonic()
-    check_config(config)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else torch.bfloat16 if device == "cuda" else torch.float32
-    folder = Path(config.output_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and not config.eval_only:
-        raise InputError(f"{folder} exists already; choose another --name, or remove it")
-    torch.manual_seed(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    rng = random.Random(config.seed)
-
-    weights = rewards.parse_rewards(config.reward)
-    examples, heldout = data.load_task(
-        config.task, dataset=config.dataset, prompt_format=config.prompt_format, train_examples=config.train_examples,
-        eval_examples=config.eval_examples, seed=config.seed,
+def new_optimizer(policy: Policy, lr: float, weight_decay: float, config: Config) -> memory.AdamW8bit:
+    # 8 bits save memory on large matrices; on the embedded policy's they would only cost time on a CPU.
+    return memory.AdamW8bit(
+        policy.model.parameters(), lr=lr, betas=tuple(config.adam_betas), eps=1e-8, weight_decay=weight_decay,
+        offload=config.offload_optimizer, min_8bit_size=2**16,
     )
-    policy = open_policy(config, device, dtype)
-    model, tokenizer = policy.model, policy.tokenizer
-    longest = tokenize(policy, examples + heldout, config.max_new_tokens)
-    budget = config.memory_budget_gib * 2**30 if config.memory_budget_gib else memory.detect_budget_bytes(device)
-    plan = memory.plan(
-        model.config, prompt_tokens=longest, max_new_tokens=config.max_new_tokens, prompts=config.prompts_per_step,
-        group_size=config.group_size, dtype=dtype, memory_budget_bytes=int(budget), reference=config.beta > 0,
-        offload_optimizer=config.offload_optimizer, top_entropy=config.top_entropy,
-        updates_per_batch=config.updates_per_batch, micro_batch_tokens=config.micro_batch_tokens,
-        checkpointed_layers=config.checkpointed_layers, max_rows=config.max_rows,
-    )
-    say(f"recipe {config.recipe} on {device}, {str(dtype).removeprefix('torch.')} (--recipe and --device choose otherwise)")
-    say(f"model  {config.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    say(f"task   {config.task}, {len(examples)} examples to train on, {len(heldout)} held out, rewards {weights}")
-    say(plan.table())
-    if tokenizer.chat_template is None and isinstance(examples[0]["prompt"], list):
-        warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
-
-    memory.sum_gradients_in_fp32(model.parameters())
-    if config.cold_start_steps and not config.eval_only:
-        optimizer = memory.AdamW8bit(model.parameters(), lr=config.cold_start_lr, betas=tuple(config.adam_betas),
-                                     eps=1e-8, weight_decay=0.0, offload=config.offload_optimizer)
-        cold_start(policy, optimizer, examples, config, plan, random.Random(config.seed))
-        del optimizer  # GRPO's starts afresh
-    before = evaluate(policy, heldout, weights, config.eval_samples, config, plan, generator)
-    say(f"held-out accuracy before GRPO: {before['accuracy']:.3f}")
-    if config.eval_only:
-        return {"recipe": config.recipe, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}
-
-    # Nothing is on disk before this line: a run that can't start leaves nothing behind.
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    optimizer = memory.AdamW8bit(model.parameters(), lr=config.learning_rate, betas=tuple(config.adam_betas), eps=1e-8,
-                                 weight_decay=config.weight_decay, offload=config.offload_optimizer)
-    reference = memory.ReferencePolicy(model) if config.beta > 0 else None
-    sampling = dict(group_size=config.group_size, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                    eos_token_id=policy.stops, pad_token_id=policy.pad_token_id, generator=generator)
-    metrics: list[dict] = []
-    evaluations = [{"step": 0, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}]
-    quiet = not sys.stderr.isatty()
-    order: list[dict] = []
-    bar = tqdm(range(1, config.steps + 1), "GRPO", disable=quiet)
-    inner = tqdm(leave=False, disable=quiet, delay=2)
-    for step in bar:
-        step_started = time.monotonic()
-
-        # Sample and score.
-        while len(order) < config.prompts_per_step:
-            order += rng.sample(examples, len(examples))
-        prompts, order = order[: config.prompts_per_step], order[config.prompts_per_step :]
-        episodes = sample_within_memory(policy, prompts, weights, sampling, plan, inner)
-        sampled = time.monotonic()
-
-        # Advantages, among the answers that count.
-        kept = [e for e in episodes if e.completion.finished or not config.skip_truncated]
-        advantages = group_advantages(
-            torch.tensor([e.reward for e in kept]), torch.tensor([e.group for e in kept], dtype=torch.long),
-            config.advantage_std, config.advantage_eps,
-        )
-        for episode, advantage in zip(kept, advantages.tolist()):
-            episode.advantage = advantage
-        lessons = make_lessons(kept, config)
-
-        # Update.
-        rate = config.learning_rate * (1 - (step - 1) / config.steps if config.lr_schedule == "linear" else 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        learned = update(policy, reference, optimizer, lessons, config, plan, inner) if lessons else {}
-        if reference is not None and config.reference_every and step % config.reference_every == 0:
-            reference.refresh()
-
-        # Log.
-        record = step_metrics(step, episodes, lessons, learned, config, rate)
-        record |= {
-            "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - step_started),
-            "update_tokens_per_second": sum(map(len, lessons)) / (time.monotonic() - sampled),
-            "seconds": time.monotonic() - step_started, "peak_memory_bytes": peak_memory(device),
-        }
-        metrics.append(record)
-        append_line(folder / "metrics.jsonl", record)
-        for line in sample_records(step, episodes):
-            append_line(folder / "samples.jsonl", line)
-        shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
-                 "length": f"{record['completion_length']:.1f}"}
-        bar.set_postfix(shown)
-        if quiet:
-            say(f"step {step}/{config.steps} " + " ".join(f"{k} {v}" for k, v in shown.items())
-                + f" {record['seconds']:.2f} s" + (f" ({record['skipped']})" if record["skipped"] else ""))
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            result = evaluate(policy, heldout, weights, 0, config, plan, generator)
-            evaluations.append({"step": step, "accuracy": result["accuracy"], "pass_at_k": None})
-            tqdm.write(f"step {step}: held-out accuracy {result['accuracy']:.3f}")
-        if config.save_every and step % config.save_every == 0:
-            save_checkpoint(policy, optimizer, reference, generator, rng, step, folder)
-    inner.close()
-
-    after = evaluate(policy, heldout, weights, config.eval_samples, config, plan, generator)
-    evaluations.append({"step": config.steps, "accuracy": after["accuracy"], "pass_at_k": after["pass_at_k"]})
-    save_model(policy, folder / "final")
-    if metrics:
-        draw_curves(metrics, evaluations, folder / "curves.png")
-    summary = {
-        "recipe": config.recipe, "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
-        "steps": config.steps, "seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(device),
-        "pass_at_k_before": before["pass_at_k"], "pass_at_k_after": after["pass_at_k"], "evaluations": evaluations,
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    say(side_by_side(before["episodes"], after["episodes"]))
-    say(report(summary, config, folder))
-    return summary
 
 
-def sample_within_memory(policy, prompts, weights, sampling, plan, progress) -> list[Episode]:
+def sample_within_memory(policy, prompts: list[dict], sampling: dict, plan, progress) -> list[Episode]:
     """A step's rollout; when the GPU's memory runs out, the same again with half as many rows at a time."""
     while True:
         try:
             progress.reset(total=len(prompts) * sampling["group_size"])
-            return rollout(policy.model, policy.tokenizer, prompts, weights, progress=progress, max_rows=plan.max_rows, **sampling)
+            return rollout(
+                policy.model, policy.tokenizer, prompts, progress=progress, max_rows=plan.max_rows, **sampling
+            )
         except torch.OutOfMemoryError as error:
             if plan.max_rows <= 1:
-                raise memory.DoesNotFit(f"out of memory while sampling one answer at a time; try a shorter --max-new-tokens "
-                                        f"or a smaller --model. The plan was:\n{plan.table()}") from error
+                raise memory.DoesNotFit(
+                    "out of memory while sampling one answer at a time; try a shorter --max-new-tokens or a "
+                    f"smaller --model. The plan was:\n{plan.table()}"
+                ) from error
         plan.max_rows //= 2
         warn(f"out of memory; sampling again with {plan.max_rows} rows at a time")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def step_metrics(step: int, episodes: list[Episode], lessons: list[Lesson], learned: dict, config: Config, rate: float) -> dict:
-    """One line of metrics.jsonl, but for the timings. Values that the step did not have are null."""
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    entropies = [entropy for e in episodes for entropy in e.completion.entropies]
-    by_group: dict[int, set] = {}
-    for e in episodes:
-        if e.completion.finished or not config.skip_truncated:
-            by_group.setdefault(e.group, set()).add(e.reward)
-    spread = sum(len(values) > 1 for values in by_group.values())
-    groups = len({e.group for e in episodes})
-    return {
-        "step": step,
-        "reward": mean([e.reward for e in episodes]),
-        **{f"reward/{name}": mean([e.parts[name] for e in episodes]) for name in episodes[0].parts},
-        "accuracy": mean([is_solved(e) for e in episodes]),
-        "completion_length": mean([len(e.completion.ids) for e in episodes]),
-        "truncated_fraction": mean([not e.completion.finished for e in episodes]),
-        "groups_without_spread": (groups - spread) / groups,
-        "entropy": mean(entropies),
-        **{name: learned.get(name) for name in ("loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates")},
-        "learning_rate": rate,
-        "skipped": None if lessons else "nothing to learn: every answer truncated" if not by_group
-        else "nothing to learn: no group with spread",
-    }
+class StopRequest:
+    """The first Ctrl-C or SIGTERM asks for an end after the step; the second one stops at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)  # what is on disk is whole; no code of ours runs any more
+        self.signal = number
+        warn("stopping after this step; a second time stops at once")
 
 
-def save_checkpoint(policy, optimizer, reference, generator, rng, step: int, folder: Path) -> None:
-    """checkpoint-<step>: the model's folder, with the trainer's state beside it."""
-    checkpoint = folder / f"checkpoint-{step}"
-    save_model(policy, checkpoint)
-    (checkpoint / "trainer_state").mkdir()
-    torch.save(
-        {"step": step, "optimizer": optimizer.state_dict(), "reference": reference.state_dict() if reference else None,
-         "sampling_rng": generator.get_state(), "torch_rng": torch.get_rng_state()},
-        checkpoint / "trainer_state" / "state.pt",
+def train(config: Config) -> dict:
+    """One run, start to end; returns its summary, which is also written to summary.json.
+
+    Raises InputError, rewards.RewardError or memory.DoesNotFit, each with a message for the user. A summary
+    with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
+    """
+    started = time.monotonic()
+    check_config(config)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype_name = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
+    dtype = getattr(torch, dtype_name)
+    checkpoint = find_checkpoint(config.resume, config.output_dir) if config.resume else None
+    folder = Path(config.output_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if checkpoint:
+        folder = checkpoint.parent
+    elif folder.exists() and not config.eval_only:
+        raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
+    torch.manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    shuffle = random.Random(config.seed)
+
+    # The parts: rewards, examples, policy, and what all of it will take.
+    scoring = {"weights": rewards.parse_rewards(config.reward)}
+    examples, heldout = data.load_task(
+        config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
+        train_examples=config.train_examples, eval_examples=config.eval_examples,
     )
+    policy = open_policy(str(checkpoint or config.model), config, device, dtype)
+    if config.reward_model:
+        scoring["reward_model_weight"] = config.reward_model_weight
+        scoring["reward_model"] = data.RewardModel(
+            config.reward_model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
+        )
+    longest = tokenize(policy, examples + heldout, config.max_new_tokens)
+    budget = (
+        config.memory_budget_gib * 2**30 if config.memory_budget_gib else memory.detect_budget_bytes(device)
+    )
+    plan = memory.plan(
+        policy.model.config, prompt_tokens=longest, max_new_tokens=config.max_new_tokens, dtype=dtype,
+        prompts=config.prompts_per_step, group_size=config.group_size, reference=config.beta > 0,
+        memory_budget_bytes=int(budget), offload_optimizer=config.offload_optimizer,
+        top_entropy=config.top_entropy, updates_per_batch=config.updates_per_batch, max_rows=config.max_rows,
+        micro_batch_tokens=config.micro_batch_tokens, checkpointed_layers=config.checkpointed_layers,
+    )
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    say(f"recipe {config.recipe} on {device}, {dtype_name} (choose otherwise with --recipe and --device)")
+    say(f"model  {config.model}, {parameters / 1e6:.1f} M parameters")
+    say(f"task   {config.task}, {len(examples)} examples to train on, {len(heldout)} held out")
+    say(f"reward {' + '.join(f'{weight:g} x {name}' for name, weight in scoring['weights'].items())}")
+    say(plan.table())
+    if policy.tokenizer.chat_template is None and isinstance(examples[0]["prompt"], list):
+        warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
+
+    # Where the run stands: at its start, or where the checkpoint left it.
+    memory.sum_gradients_in_fp32(policy.model.parameters())
+    metrics: list[dict] = []
+    if checkpoint is None:
+        if config.cold_start_steps and not config.eval_only:
+            cold_start(policy, new_optimizer(policy, config.cold_start_lr, 0.0, config), examples, config,
+                       plan, random.Random(config.seed))
+        before = evaluate(policy, heldout, scoring, config.eval_samples, config, plan, generator)
+        say(f"held-out accuracy before GRPO: {before['accuracy']:.3f}")
+        if config.eval_only:
+            return {"recipe": config.recipe, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}
+        state = {"step": 0, "before": before, "bad_steps": 0, "order": [],
+                 "evaluations": [{"step": 0, "accuracy": before["accuracy"]}]}
+        # Nothing is on disk before this line: a run that can't start leaves nothing behind.
+        folder.mkdir(parents=True)
+    optimizer = new_optimizer(policy, config.learning_rate, config.weight_decay, config)
+    reference = memory.ReferencePolicy(policy.model) if config.beta > 0 else None
+    if checkpoint:
+        state = torch.load(checkpoint / "trainer_state" / "state.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(state["optimizer"])
+        if reference:
+            reference.load_state_dict(state["reference"])
+        generator.set_state(state["sampling_random"])
+        torch.set_rng_state(state["torch_random"])
+        version, numbers, gauss = state["shuffle_random"]
+        shuffle.setstate((version, tuple(numbers), gauss))
+        metrics = keep_lines_up_to(folder / "metrics.jsonl", state["step"])
+        keep_lines_up_to(folder / "samples.jsonl", state["step"])
+        say(f"resumed after step {state['step']} from {checkpoint}")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+    def save() -> None:
+        state.update(
+            config=dataclasses.asdict(config), optimizer=optimizer.state_dict(),
+            reference=reference.state_dict() if reference else None, sampling_random=generator.get_state(),
+            torch_random=torch.get_rng_state(), shuffle_random=list(shuffle.getstate()),
+        )
+        save_checkpoint(policy, state, folder, config.keep_checkpoints)
+
+    sampling = {
+        "group_size": config.group_size, "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature, "eos_token_id": policy.stops, "pad_token_id": policy.pad_token_id,
+        "generator": generator, **scoring,
+    }
+    warned: set[str] = set()
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(range(state["step"] + 1, config.steps + 1), "GRPO", disable=quiet, total=config.steps,
+               initial=state["step"])
+    inner = tqdm(leave=False, disable=quiet, delay=2)
+    stopped_by: int | str | None = None
+    with StopRequest() as stop:
+        for step in bar:
+            step_started = time.monotonic()
+
+            # Sample and score.
+            while len(state["order"]) < config.prompts_per_step:
+                state["order"] += shuffle.sample(range(len(examples)), len(examples))
+            chosen, state["order"] = (
+                state["order"][: config.prompts_per_step], state["order"][config.prompts_per_step :]
+            )
+            episodes = sample_within_memory(policy, [examples[i] for i in chosen], sampling, plan, inner)
+            sampled = time.monotonic()
+
+            # Advantages, among the answers that count.
+            kept = [e for e in episodes if e.completion.finished or not config.skip_truncated]
+            advantages = group_advantages(
+                torch.tensor([e.reward for e in kept], dtype=torch.float64),
+                torch.tensor([e.group for e in kept], dtype=torch.long), config.advantage_std,
+                config.advantage_eps,
+            )
+            for episode, advantage in zip(kept, advantages.tolist()):
+                episode.advantage = advantage
+            lessons = make_lessons(kept, config)
+
+            # Update.
+            rate = config.learning_rate
+            if config.lr_schedule == "linear":
+                rate *= 1 - (step - 1) / config.steps
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            learned, skipped = {}, None
+            if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
+                learned, skipped = {"bad_updates": 1}, "sampled probabilities are not finite"
+            elif lessons:
+                learned = update(policy, reference, optimizer, lessons, config, plan, inner)
+            else:
+                skipped = "nothing to learn: " + (
+                    "no group with spread" if kept else "every answer truncated"
+                )
+            if reference is not None and config.reference_every and step % config.reference_every == 0:
+                reference.refresh()
+            state["step"] = step
+            state["bad_steps"] = state["bad_steps"] + 1 if learned.get("bad_updates") else 0
+
+            # Log.
+            record = step_metrics(step, episodes, learned, skipped, rate)
+            record |= {
+                "sampling_tokens_per_second":
+                    sum(len(e.completion.ids) for e in episodes) / (sampled - step_started),
+                "update_tokens_per_second": sum(map(len, lessons)) / (time.monotonic() - sampled),
+                "seconds": time.monotonic() - step_started,
+                "peak_memory_bytes": peak_memory(device),
+            }
+            metrics.append(record)
+            append_lines(folder / "metrics.jsonl", [record])
+            append_lines(folder / "samples.jsonl", sample_records(step, episodes))
+            shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
+                     "length": f"{record['completion_length']:.1f}"}
+            bar.set_postfix(shown)
+            if quiet:
+                say(f"step {step}/{config.steps} "
+                    + " ".join(f"{name} {value}" for name, value in shown.items())
+                    + f" {record['seconds']:.2f} s" + (f" ({skipped})" if skipped else ""))
+            if learned.get("bad_updates"):
+                warn(f"step {step}: loss, gradient or probabilities are not finite; no weight was changed")
+            warn_of_trouble(metrics, warned)
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                result = evaluate(policy, heldout, scoring, config.eval_samples, config, plan, generator)
+                state["evaluations"].append(
+                    {"step": step, "accuracy": result["accuracy"], "pass_at_k": result["pass_at_k"]}
+                )
+                tqdm.write(f"step {step}: held-out accuracy {result['accuracy']:.3f}")
+
+            # Save.
+            if state["bad_steps"] >= config.max_bad_steps:
+                stopped_by = "bad steps"
+            elif stop.signal is not None:
+                stopped_by = stop.signal
+            if stopped_by or (config.save_every and step % config.save_every == 0):
+                save()
+            if stopped_by:
+                break
+    inner.close()
+    bar.close()
+
+    before = state["before"]
+    summary = {
+        "recipe": config.recipe, "accuracy_before": before["accuracy"], "accuracy_after": None,
+        "steps": state["step"], "seconds": 0.0, "peak_memory_bytes": 0,
+        "pass_at_k_before": before["pass_at_k"], "pass_at_k_after": None, "evaluations": state["evaluations"],
+        "stopped_by": stopped_by,
+    }
+    if stopped_by is None:
+        after = evaluate(policy, heldout, scoring, config.eval_samples, config, plan, generator)
+        summary |= {"accuracy_after": after["accuracy"], "pass_at_k_after": after["pass_at_k"]}
+        state["evaluations"].append({"step": state["step"], "accuracy": after["accuracy"]})
+        try:
+            save_model(policy, folder / "final")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder / 'final'} can't be written ({error}); make room, "
+                             f"then --resume {folder}") from error
+    if metrics:
+        draw_curves(metrics, state["evaluations"], folder / "curves.png")
+    summary |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(device)}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if stopped_by is None:
+        say(side_by_side(before["shown"], after["shown"]))
+        say(report(summary, config, folder))
+    else:
+        say(f"stopped after step {state['step']} ({stopped_by}); go on with --resume {folder}")
+    return summary
 
 
-def report(summary: dict, config: Config, folder: Path) -> str:
-    """The table of accuracy before and after, and where the files are."""
-    rows = [("held-out accuracy (greedy)", summary["accuracy_before"], summary["accuracy_after"])]
-    if config.eval_samples:
-        rows.append((f"held-out pass@{config.eval_samples}", summary["pass_at_k_before"], summary["pass_at_k_after"]))
-    lines = ["", f"{'':<28}{'before':>8}{'after':>8}"] + [f"{name:<28}{a:>8.3f}{b:>8.3f}" for name, a, b in rows]
-    lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
-    return "\n".join(lines + [f"  {folder / name}" for name in ("curves.png", "samples.jsonl", "final/")])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
+
+# A resumed run may change these; everything else must be what the checkpoint was made with.
+MAY_CHANGE = {
+    "steps", "learning_rate", "lr_schedule", "eval_every", "eval_samples", "save_every", "keep_checkpoints",
+    "max_bad_steps", "max_rows", "micro_batch_tokens", "checkpointed_layers", "memory_budget_gib", "resume",
+}
+
+
+def resumed_settings(resume: str, output_dir: str) -> dict:
+    """The settings that a checkpoint was made with."""
+    state = find_checkpoint(resume, output_dir) / "trainer_state" / "state.pt"
+    return torch.load(state, weights_only=True, map_location="cpu", mmap=True)["config"]
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Config:
-    """The Config that a command line asks for: the recipe sets the defaults that `--help` shows, flags beat them."""
+    """The Config that a command line asks for: the recipe, or the checkpoint that is resumed, sets the
+    defaults that `--help` shows; flags beat them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="auto")
-    recipe = resolve_recipe(first.parse_known_args(arguments)[0].recipe)
+    for name, default in (("--recipe", "auto"), ("--resume", None), ("--output-dir", "runs")):
+        first.add_argument(name, default=default)
+    early = first.parse_known_args(arguments)[0]
+    saved = resumed_settings(early.resume, early.output_dir) if early.resume else None
+    recipe = saved["recipe"] if saved else resolve_recipe(early.recipe)
     parser = transformers.HfArgumentParser(
-        Config, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]", description=__doc__.splitlines()[0],
-        epilog=f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}", allow_abbrev=False,
+        Config, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
+        description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog=f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}",
     )
-    parser.set_defaults(**RECIPES[recipe])
+    parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe}))
     group = None
     for action in list(parser._actions):  # argparse has no public way to put an existing flag into a group
-        if action.dest in GROUPS and action.dest != (group and group.title):
+        if action.dest in GROUPS and (group is None or group.title != GROUPS[action.dest]):
             group = parser.add_argument_group(GROUPS[action.dest])
         if group is not None:
             parser._optionals._group_actions.remove(action)
@@ -1083,16 +1424,45 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         raise InputError(f"{message}; see python grpo_scratch.py --help")
 
     parser.error = fail
-    return make_config(**{**vars(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]), "recipe": recipe})
+    given = vars(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
+    if saved:
+        changed = [n for n, value in given.items() if n not in MAY_CHANGE and value != saved.get(n)]
+        if changed:
+            told = ", ".join(f"--{n.replace('_', '-')} was {saved.get(n)}, not {given[n]}" for n in changed)
+            raise InputError(f"--resume {early.resume}: {told}; drop it, or start a new run. These may "
+                             "change: " + ", ".join(sorted(MAY_CHANGE - {"resume"})))
+    return make_config(**{**given, "recipe": recipe})
+
+
+def recipe_table() -> str:
+    """The recipes side by side: every setting in which they differ, a line each."""
+    configs = {name: dataclasses.asdict(make_config(name)) for name in RECIPES}
+    names = [f.name for f in dataclasses.fields(Config) if f.name != "recipe"]
+    rows = [[name, *(configs[r][name] for r in RECIPES)] for name in names]
+    rows = [[" ".join(map(str, x)) if isinstance(x, list) else str(x) for x in row]
+            for row in rows if len({str(x) for x in row[1:]}) > 1]
+    widths = [max(map(len, column)) for column in zip(["", *RECIPES], *rows)]
+    return "\n".join(
+        "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [["", *RECIPES], *rows]
+    )
 
 
 def main() -> None:
-    """Run what the command line asks for; a mistake of the user's ends with one line on stderr and exit code 2."""
+    """Run what the command line asks for. A mistake of the user's ends with one line on stderr and exit code
+    2, Ctrl-C with 130, SIGTERM with 143, a run stopped by bad steps with 1."""
     try:
-        train(parse_command_line())
+        config = parse_command_line()
+        if config.list_recipes:
+            say(recipe_table())
+            return
+        stopped_by = train(config).get("stopped_by")
     except (InputError, rewards.RewardError, memory.DoesNotFit) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step, where there is nothing to save yet
+        sys.exit(130)
+    if stopped_by is not None:
+        sys.exit(128 + stopped_by if isinstance(stopped_by, int) else 1)
 
 
 if __name__ == "__main__":

@@ -257,8 +257,12 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         offload: bool = False,
+        *,
+        min_8bit_size: int = 4096,  # a smaller parameter's moments stay in float32, as in the library
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
+        )
         self.offload = offload
         for p in self._params():
             if p.dtype not in (torch.bfloat16, torch.float32):
@@ -709,7 +713,7 @@ def main() -> int:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
-        print(f"{model}: neither a folder with a config nor a hub id that can be read ({why})", file=sys.stderr)
+        print(f"{model}: neither a folder with a config nor a readable hub id ({why})", file=sys.stderr)
         return 2
     try:
         print(plan(config, reference=True, **settings).table())

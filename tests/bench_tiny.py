@@ -1,4 +1,4 @@
-"""The run with no flags on a CPU, for seeds 0, 1 and 2: held-out accuracy before and after, and whole-process seconds.
+"""The run with no flags on a CPU, for seeds 0, 1 and 2: accuracy before and after, whole-process seconds.
 
     .venv/bin/python tests/bench_tiny.py
 """
@@ -25,7 +25,8 @@ def main() -> None:
             subprocess.run(command, check=True, capture_output=True)
             summary = json.loads((Path(folder) / str(seed) / "summary.json").read_text())
             after.append(summary["accuracy_after"])
-            print(f"{seed:>4} {summary['accuracy_before']:>8.3f} {after[-1]:>8.3f} {time.monotonic() - started:>8.0f}", flush=True)
+            print(f"{seed:>4} {summary['accuracy_before']:>8.3f} {after[-1]:>8.3f} "
+                  f"{time.monotonic() - started:>8.0f}", flush=True)
     print(f"median after: {statistics.median(after):.3f}, lowest: {min(after):.3f}")
 
 

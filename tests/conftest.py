@@ -4,10 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import data  # noqa: E402
+import data
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The algorithm, each part against an independent answer: numpy loops, float64 formulas, Hugging Face's generate."""
+"""The algorithm, each part against an independent answer: numpy loops, float64 formulas, `generate`."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ import data
 import grpo_scratch as g
 import memory
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
 
@@ -48,20 +48,23 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"recipe": "nano"}, "nano-aha"), ({"group_size": 1}, "--group-size 1: must be at least 2"),
     ({"temperature": 0.0}, "--temperature 0.0: must be above 0"), ({"top_entropy": 1.5}, "at most 1"),
     ({"dtype": "float16"}, "bfloat16, float32"), ({"grop_size": 8}, "no such setting"),
-    ({"clip_low": 1.5}, "at most 1"), ({"adam_betas": [0.9]}, "two numbers"), ({"learning_rate": math.nan}, "at least 0"),
-    ({"prompt_format": "poem"}, "countdown"), ({"beta": -1.0}, "at least 0"),
+    ({"clip_low": 1.5}, "at most 1"), ({"adam_betas": [0.9]}, "two numbers"),
+    ({"learning_rate": math.nan}, "at least 0"), ({"prompt_format": "poem"}, "countdown"),
+    ({"beta": -1.0}, "at least 0"),
 ])
 def test_bad_settings_are_refused_with_what_is_allowed(override, told):
     with pytest.raises(g.InputError, match=told):
         g.make_config(**override)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Advantages, weights, mask
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), std=st.sampled_from(["population", "sample", "none"]), eps=st.sampled_from([1e-6, 1e-4]))
+@given(
+    data=st.data(), std=st.sampled_from(["population", "sample", "none"]), eps=st.sampled_from([1e-6, 1e-4])
+)
 def test_advantages_equal_a_loop_over_groups_in_numpy(data, std, eps):
     groups = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=1, max_size=30)))
     rewards = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0, 1.1, -1.0]),
@@ -70,7 +73,10 @@ def test_advantages_equal_a_loop_over_groups_in_numpy(data, std, eps):
     for group in set(groups.tolist()):
         r = rewards[groups == group]
         if len(r) > 1 and len(set(r.tolist())) > 1:
-            scale = {"population": r.std() + eps, "sample": r.std(ddof=1) + eps, "none": 1.0}[std] if len(r) > 1 else 1.0
+            scale = (
+                {"population": r.std() + eps, "sample": r.std(ddof=1) + eps, "none": 1.0}[std]
+                if len(r) > 1 else 1.0
+            )
             expected[groups == group] = (r - r.mean()) / scale
     got = g.group_advantages(torch.tensor(rewards), torch.tensor(groups), std, eps)
     assert got.dtype == torch.float32
@@ -103,7 +109,10 @@ def test_an_unknown_aggregation_is_refused():
         g.token_weights(torch.tensor([3]), "mean")
 
 
-@given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=200), st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.8, 1.0]))
+@given(
+    st.lists(st.floats(0, 10, width=32), min_size=1, max_size=200),
+    st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.8, 1.0]),
+)
 def test_the_mask_keeps_what_reaches_the_quantile(entropies, fraction):
     x = np.array(entropies, dtype=np.float32)
     got = g.high_entropy_mask(torch.from_numpy(x), fraction).numpy()
@@ -116,7 +125,7 @@ def test_the_mask_keeps_a_fifth_of_distinct_entropies():
     assert g.high_entropy_mask(torch.zeros(0), 0.2).shape == (0,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -131,7 +140,9 @@ def naive_loss(logprobs, lengths, advantages, old, ref, aggregation, max_new, lo
                 surrogate = a * torch.exp(lp - lp.detach())
             else:
                 ratio = torch.exp(lp - old[b, t])
-                inside = min(max(ratio, torch.tensor(1.0 - low).double()), torch.tensor(1.0 + high).double(), key=float)
+                inside = min(
+                    max(ratio, torch.tensor(1.0 - low).double()), torch.tensor(1.0 + high).double(), key=float
+                )
                 surrogate = min(ratio * a, inside * a, key=float)
             kl = torch.exp(ref[b, t] - lp) - (ref[b, t] - lp) - 1 if ref is not None else 0.0
             terms.append(surrogate - beta * kl)
@@ -160,15 +171,15 @@ def test_loss_and_gradient_equal_a_naive_padded_float64_one(aggregation, with_ol
     expected = naive_loss(naive_input, lengths, advantages, old, ref, aggregation, 16, 0.2, 0.3, 0.05)
     expected.backward()
     ours_input = logprobs.clone().requires_grad_()
-    pick = lambda x: x[real] if x is not None else None  # noqa: E731
+    pick = lambda x: x[real] if x is not None else None
     loss, stats = g.grpo_loss(
-        ours_input[real], advantages[:, None].expand(4, T)[real], weights[real].double(), pick(old), pick(ref), 0.2, 0.3, 0.05
+        ours_input[real], advantages[:, None].expand(4, T)[real], weights[real].double(), pick(old),
+        pick(ref), 0.2, 0.3, 0.05
     )
     loss.backward()
     torch.testing.assert_close(ours_input.grad, naive_input.grad, rtol=1e-6, atol=1e-12)
     if with_old:  # without, the losses differ by a constant: A * log pi in the place of A * 1
         assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    assert set(stats) == {"clip_fraction"} * with_old | {"kl"} * with_ref if False else True
     assert ("clip_fraction" in stats, "kl" in stats) == (with_old, with_ref)
 
 
@@ -189,15 +200,17 @@ def test_clip_fraction_counts_the_tokens_whose_gradient_is_cut():
     assert float(stats["clip_fraction"]) == pytest.approx(2 / 5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def tiny_model(kind: str):
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=None,
-                 eos_token_id=None, pad_token_id=None, head_dim=8)
-    config = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[kind]
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+             "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+             "head_dim": 8}
+    config = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+              "llama": transformers.LlamaConfig}[kind]
     torch.manual_seed(7)
     return transformers.AutoModelForCausalLM.from_config(config(**sizes)).eval()
 
@@ -209,8 +222,10 @@ def answers_of_generate(model, eos, max_new_tokens):
     """One prompt at a time, so that no padding is involved."""
     answers = []
     for prompt in PROMPTS:
-        out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=0)
+        out = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=0,
+        )
         answers.append(out[0, len(prompt) :].tolist())
     return answers
 
@@ -222,8 +237,9 @@ def test_greedy_equals_generate_for_mixed_prompts_that_end_at_different_times(ki
     eos = [free[0][4], free[2][9]]  # tokens that are known to come up, so that rows end early
     expected = answers_of_generate(model, eos, 20)
     assert len({len(answer) for answer in expected}) > 2
-    for max_rows in (None, 1, 2, 4):  # all at once, and with waiting prompts taking the places of finished ones
-        got = g.sample(model, PROMPTS, max_new_tokens=20, temperature=0, eos_token_id=eos, pad_token_id=0, max_rows=max_rows)
+    for max_rows in (None, 1, 2, 4):  # all at once, and prompts taking the places of finished ones
+        got = g.sample(model, PROMPTS, max_new_tokens=20, temperature=0, eos_token_id=eos, pad_token_id=0,
+                       max_rows=max_rows)
         assert [c.ids for c in got] == expected
         assert [c.finished for c in got] == [answer[-1] in eos for answer in expected]
 
@@ -231,22 +247,24 @@ def test_greedy_equals_generate_for_mixed_prompts_that_end_at_different_times(ki
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_recorded_logprobs_and_entropies_are_those_of_a_teacher_forced_pass(temperature):
     model = tiny_model("qwen2")
-    got = g.sample(model, PROMPTS, group_size=3, max_new_tokens=12, temperature=temperature, eos_token_id=[3, 4],
-                   pad_token_id=0, max_rows=5)
+    got = g.sample(model, PROMPTS, group_size=3, max_new_tokens=12, temperature=temperature,
+                   eos_token_id=[3, 4], pad_token_id=0, max_rows=5)
     assert len(got) == 18
     for i, c in enumerate(got):
         prompt = PROMPTS[i // 3]
         logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1].double() / temperature
         expected = torch.distributions.Categorical(logits=logits)
-        torch.testing.assert_close(torch.tensor(c.logprobs).double(), expected.log_prob(torch.tensor(c.ids)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(c.logprobs).double(), expected.log_prob(torch.tensor(c.ids)), rtol=0, atol=1e-4
+        )
         torch.testing.assert_close(torch.tensor(c.entropies).double(), expected.entropy(), rtol=0, atol=1e-4)
 
 
 def test_sampled_frequencies_are_the_models_probabilities():
     model = tiny_model("qwen2")
     temperature, n = 2.0, 6000
-    got = g.sample(model, [[5, 6, 7]], group_size=n, max_new_tokens=1, temperature=temperature, eos_token_id=0,
-                   pad_token_id=0, generator=torch.Generator().manual_seed(0))
+    got = g.sample(model, [[5, 6, 7]], group_size=n, max_new_tokens=1, temperature=temperature,
+                   eos_token_id=0, pad_token_id=0, generator=torch.Generator().manual_seed(0))
     p = (model(torch.tensor([[5, 6, 7]])).logits[0, -1].double() / temperature).softmax(-1)
     counts = torch.bincount(torch.tensor([c.ids[0] for c in got]), minlength=64)
     common = p * n >= 5  # the chi-square test wants five expected in each bin; the rest share one
@@ -259,8 +277,8 @@ def test_sampled_frequencies_are_the_models_probabilities():
 
 def test_a_seed_repeats_the_samples():
     model = tiny_model("qwen2")
-    draw = lambda seed: g.sample(model, PROMPTS, group_size=2, max_new_tokens=8, eos_token_id=3, pad_token_id=0,  # noqa: E731
-                                 generator=torch.Generator().manual_seed(seed))
+    draw = lambda seed: g.sample(model, PROMPTS, group_size=2, max_new_tokens=8, eos_token_id=3,
+                                 pad_token_id=0, generator=torch.Generator().manual_seed(seed))
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -273,7 +291,7 @@ def test_sampling_refuses_what_it_would_get_wrong():
         g.sample(model, [[1] * 6], max_new_tokens=4, eos_token_id=0, pad_token_id=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The update
 
 
@@ -291,8 +309,8 @@ def some_episodes(policy, group_size=4, seed=0):
     prompts = [[40, 41, 42], [50] * 9, [60, 61]]
     completions = g.sample(policy.model, prompts, group_size=group_size, max_new_tokens=11,
                            eos_token_id=list(range(60)), pad_token_id=0)
-    return [g.Episode({}, i // group_size, prompts[i // group_size], c, "", float(i % 3), {"r": float(i % 3)}, float(i % 3) - 0.9)
-            for i, c in enumerate(completions)]
+    return [g.Episode({}, i // group_size, prompts[i // group_size], c, "", float(i % 3),
+                      {"r": float(i % 3)}, float(i % 3) - 0.9) for i, c in enumerate(completions)]
 
 
 class RecordedStep:
@@ -309,7 +327,9 @@ class RecordedStep:
             p.grad = None
 
 
-def gradients_of_update(policy, config, micro_batch_tokens, reference=None, checkpointed_layers=0, episodes=None):
+def gradients_of_update(
+    policy, config, micro_batch_tokens, reference=None, checkpointed_layers=0, episodes=None
+):
     optimizer = RecordedStep(policy.model)
     plan = SimpleNamespace(micro_batch_tokens=micro_batch_tokens, checkpointed_layers=checkpointed_layers)
     lessons = g.make_lessons(episodes or some_episodes(policy), config)
@@ -318,13 +338,13 @@ def gradients_of_update(policy, config, micro_batch_tokens, reference=None, chec
 
 
 def update_config(**overrides):
-    return g.make_config("improved", **{"max_grad_norm": 0.0, "beta": 0.0, "temperature": 1.0, "top_entropy": 1.0,
-                                        "max_new_tokens": 11, **overrides})
+    return g.make_config("improved", **{"max_grad_norm": 0.0, "beta": 0.0, "temperature": 1.0,
+                                        "top_entropy": 1.0, "max_new_tokens": 11, **overrides})
 
 
 @pytest.mark.parametrize("overrides", [
-    dict(), dict(aggregation="sequence"), dict(aggregation="constant"), dict(top_entropy=0.3), dict(temperature=0.7),
-    dict(updates_per_batch=2, clip_low=0.1), dict(beta=0.1),
+    {}, {"aggregation": "sequence"}, {"aggregation": "constant"}, {"top_entropy": 0.3}, {"temperature": 0.7},
+    {"updates_per_batch": 2, "clip_low": 0.1}, {"beta": 0.1},
 ])
 def test_micro_batches_of_any_size_add_up_to_the_whole_batch(overrides):
     policy = a_policy()
@@ -355,7 +375,9 @@ def test_the_updates_gradient_is_that_of_plain_autograd_through_the_models_own_l
         for t, token in enumerate(e.completion.ids):
             loss = loss - e.advantage * logprobs[len(e.prompt) - 1 + t, token] / total
     for p, ours in zip(policy.model.parameters(), got[0]):
-        torch.testing.assert_close(ours, torch.autograd.grad(loss, p, retain_graph=True)[0], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            ours, torch.autograd.grad(loss, p, retain_graph=True)[0], rtol=1e-3, atol=1e-6
+        )
 
 
 def test_only_completion_tokens_of_high_entropy_count():
@@ -363,12 +385,13 @@ def test_only_completion_tokens_of_high_entropy_count():
     episodes = some_episodes(policy)
     lessons = g.make_lessons(episodes, update_config(top_entropy=0.3))
     entropies = np.concatenate([e.completion.entropies for e in episodes])
-    kept = {(id(l.completion), t) for l in lessons for t in range(len(l.completion)) if l.counts[t]}  # noqa: E741
+    kept = {(id(lesson.completion), t) for lesson in lessons for t in range(len(lesson.completion))
+            if lesson.counts[t]}
     threshold = np.quantile(entropies, 0.7, method="higher")
     expected = {(id(e.completion.ids), t) for e in episodes for t, h in enumerate(e.completion.entropies)
                 if np.float32(h) >= np.float32(threshold) and e.advantage != 0}
     assert kept == expected
-    assert all(len(l.counts) == len(l.completion) for l in lessons)  # noqa: E741
+    assert all(len(lesson.counts) == len(lesson.completion) for lesson in lessons)
 
 
 def test_groups_without_spread_are_dropped_but_keep_their_place_in_the_denominator():
@@ -404,11 +427,14 @@ def test_running_out_of_memory_changes_nothing_but_the_micro_batch(monkeypatch, 
 
 def test_running_out_of_memory_at_the_smallest_setting_gives_up_with_the_plan(monkeypatch):
     policy = a_policy()
-    monkeypatch.setattr(memory, "token_logprobs", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(
+        memory, "token_logprobs", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    )
     plan = SimpleNamespace(micro_batch_tokens=64, checkpointed_layers=0, table=lambda: "THE PLAN")
     with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
         config = update_config()
-        g.update(policy, None, RecordedStep(policy.model), g.make_lessons(some_episodes(policy), config), config, plan)
+        g.update(policy, None, RecordedStep(policy.model), g.make_lessons(some_episodes(policy), config),
+                 config, plan)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
@@ -427,6 +453,10 @@ def test_sampler_and_update_agree_on_logprobs(beta):
     with torch.no_grad():
         logprobs, entropies = g.lesson_logprobs(policy, lessons, 1.0)
     by_id = {id(e.completion.ids): e.completion for e in episodes}
-    expected = [by_id[id(l.completion)] for l in lessons]  # noqa: E741
-    torch.testing.assert_close(logprobs, torch.tensor([x for c in expected for x in c.logprobs]), rtol=0, atol=1e-4)
-    torch.testing.assert_close(entropies, torch.tensor([x for c in expected for x in c.entropies]), rtol=0, atol=1e-4)
+    expected = [by_id[id(lesson.completion)] for lesson in lessons]
+    torch.testing.assert_close(
+        logprobs, torch.tensor([x for c in expected for x in c.logprobs]), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(
+        entropies, torch.tensor([x for c in expected for x in c.entropies]), rtol=0, atol=1e-4
+    )

@@ -1,0 +1,191 @@
+"""`sample` against transformers' `model.generate`, and refilled rows against waves. Run by hand.
+
+    python tests/bench_sampler.py                   all three parts, about three minutes on two cores
+    python tests/bench_sampler.py --parts tiny      the embedded policy only (others: qwen, waves)
+    python tests/bench_sampler.py --dtype float32   the Qwen2.5-0.5B-sized model in float32
+
+tiny and qwen: both sides get the same prompts, group size, length limit and ids that end an answer, at
+temperature 1, in turns; the models' weights are random, so a share of the vocabulary is declared to end an
+answer to make lengths mixed. waves: `sample` with max_rows against calling it for max_rows answers at a time.
+Times are medians, gains medians of the pairs' ratios. `generate` records no log-probabilities or entropies,
+`sample` does. With CUDA there is one more column: the tokens/s that memory bandwidth allows.
+"""
+
+import argparse
+import platform
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from grpo_scratch import sample  # isort: skip (before torch: it sets how OpenMP's threads wait)
+
+import torch
+import transformers
+
+import data
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> str:
+    """The processor's or GPU's name and torch's threads."""
+    if DEVICE == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def tiny_model():
+    return data.tiny_policy(seed=0)[0].to(DEVICE).eval()
+
+
+def qwen_model(dtype: torch.dtype):
+    """Qwen2.5-0.5B's shape, random weights."""
+    config = transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device(DEVICE):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def some_prompts(model, count: int, lengths: tuple[int, int]) -> list[list[int]]:
+    rng = random.Random(0)
+    vocabulary = model.config.vocab_size
+    return [[rng.randrange(vocabulary) for _ in range(rng.randint(*lengths))] for _ in range(count)]
+
+
+def some_stops(model, share: float) -> list[int]:
+    """This share of the vocabulary, so that about so many tokens end an answer."""
+    vocabulary = model.config.vocab_size
+    return sorted(random.Random(1).sample(range(1, vocabulary), round(share * vocabulary)))
+
+
+def with_sample(model, prompts, group_size, limit, stops) -> list[int]:
+    answers = sample(
+        model, prompts, group_size=group_size, max_new_tokens=limit, eos_token_id=stops, pad_token_id=0
+    )
+    return [len(answer.ids) for answer in answers]
+
+
+def with_generate(model, prompts, group_size, limit, stops) -> list[int]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        num_return_sequences=group_size,
+        max_new_tokens=limit,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=stops,
+        pad_token_id=0,
+    )[:, longest:]
+    ended = torch.isin(out, torch.tensor(stops, device=DEVICE))
+    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
+    return first.tolist()
+
+
+def in_waves(model, prompts, rows, limit, stops) -> list[int]:
+    waves = (prompts[i : i + rows] for i in range(0, len(prompts), rows))
+    return [n for wave in waves for n in with_sample(model, wave, 1, limit, stops)]
+
+
+def refilled(model, prompts, rows, limit, stops) -> list[int]:
+    answers = sample(model, prompts, max_new_tokens=limit, eos_token_id=stops, pad_token_id=0, max_rows=rows)
+    return [len(answer.ids) for answer in answers]
+
+
+def timed(function, *arguments) -> tuple[float, list[int]]:
+    """(seconds, lengths of the answers)."""
+    started = time.perf_counter()
+    lengths = function(*arguments)  # ends with a copy to the host, so the GPU has finished
+    return time.perf_counter() - started, lengths
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s that the GPU reads and writes while it copies 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 10 * 2 * 2**30 / (time.perf_counter() - started)
+
+
+def bound(model, prompts, lengths: list[int], bandwidth: float) -> float:
+    """Tokens/s if a step took just the reading of all weights and of each live row's keys and values."""
+    config, size = model.config, model.dtype.itemsize
+    head = config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
+    weights = max(lengths) * sum(p.numel() for p in model.parameters()) * size
+    group = len(lengths) // len(prompts)
+    cached = sum(n * len(prompts[i // group]) + n * (n + 1) // 2 for i, n in enumerate(lengths))
+    return sum(lengths) / ((weights + per_token * cached) / bandwidth)
+
+
+def compare(name: str, pairs: int, base, ours, model, prompts, *settings) -> None:
+    """Print a row for each of two functions: medians over `pairs` runs in turns, after one of each."""
+    runs = [(timed(base, model, prompts, *settings), timed(ours, model, prompts, *settings))
+            for _ in range(pairs + 1)][1:]
+    gains = [slow / fast for (slow, _), (fast, _) in runs]
+    gain = f"{statistics.median(gains):.2f} ({min(gains):.2f}-{max(gains):.2f})"
+    for side, (function, shown) in enumerate(((base, ""), (ours, gain))):
+        seconds = statistics.median(run[side][0] for run in runs)
+        speed = statistics.median(sum(run[side][1]) / run[side][0] for run in runs)
+        lengths = sorted(n for run in runs for n in run[side][1])
+        tenths = "/".join(str(lengths[int(q * (len(lengths) - 1))]) for q in (0.1, 0.5, 0.9, 1))
+        by = function.__name__.removeprefix("with_").replace("_", " ")
+        row = f"{name:<6} {by:<9} {seconds:>8.3f} {speed:>9.0f} {shown:>17} {statistics.mean(lengths):>7.1f}"
+        if DEVICE == "cuda":
+            tenths += f" {bound(model, prompts, runs[0][side][1], copy_bandwidth()):>9.0f}"
+        print(f"{row} {tenths:>15}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ["tiny", "qwen", "waves"]
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
+    parser.add_argument("--pairs", type=int, default=7, help="paired runs; qwen has three at most")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of qwen")
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    print(machine())
+    print(f"{'part':<6} {'by':<9} {'seconds':>8} {'tokens/s':>9} {'gain (range)':>17} {'length':>7} "
+          f"{'10/50/90/100%':>15}" + (f" {'bound/s':>9}" if DEVICE == "cuda" else ""))
+    for part in asked.parts:
+        model = qwen_model(getattr(torch, asked.dtype)) if part == "qwen" else tiny_model()
+        if part == "tiny":
+            prompts, stops = some_prompts(model, 32, (12, 20)), some_stops(model, 0.08)
+            compare(part, asked.pairs, with_generate, with_sample, model, prompts, 8, 40, stops)
+        elif part == "qwen":
+            prompts, stops = some_prompts(model, 4, (60, 100)), some_stops(model, 0.04)
+            compare(part, min(asked.pairs, 3), with_generate, with_sample, model, prompts, 8, 96, stops)
+        else:
+            prompts, stops = some_prompts(model, 256, (12, 20)), some_stops(model, 0.02)
+            compare(part, asked.pairs, in_waves, refilled, model, prompts, 32, 400, stops)
+
+
+if __name__ == "__main__":
+    main()

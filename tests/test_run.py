@@ -1,0 +1,406 @@
+"""Whole runs: what is printed, what is on disk, what is refused."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import data
+import grpo_scratch as g
+
+SCRIPT = Path(g.__file__)
+METRICS = {
+    "step", "reward", "accuracy", "completion_length", "truncated_fraction", "groups_without_spread",
+    "entropy", "loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates", "learning_rate",
+    "skipped", "sampling_tokens_per_second", "update_tokens_per_second", "seconds", "peak_memory_bytes",
+}
+
+
+def quick(tmp_path, name="run", recipe="tiny", **overrides):
+    """A recipe made small enough to run in a second or two."""
+    settings = {
+        "steps": 2, "cold_start_steps": 0, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 10,
+        "eval_examples": 4, "output_dir": str(tmp_path), "name": name, "device": "cpu", **overrides,
+    }
+    return g.make_config(recipe, **settings)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_of(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A jsonl task and a reward file as a user would bring them: answers should hold many a's."""
+    (tmp_path / "task.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Write {i} a's:", "n": i}) + "\n" for i in range(12))
+    )
+    (tmp_path / "my_rewards.py").write_text(
+        "def many(completion, example):\n"
+        "    return completion.count('a') / example['n'] if example['n'] else len(completion)\n"
+        "def broken(completion, example):\n    return 1 / 0\n"
+        "def nothing(completion, example):\n    return float('nan')\n"
+        "def same(completion, example):\n    return 0.5\n"
+        "def words(completion, example):\n    return 'much'\n"
+    )
+    return {"task": str(tmp_path / "task.jsonl"), "reward": [f"{tmp_path}/my_rewards.py:many"]}
+
+
+def test_two_steps_on_a_local_model_with_an_own_task_and_reward(tmp_path, qwen2_folder, own_task):
+    command = [sys.executable, SCRIPT, "--recipe", "improved", "--device", "cpu", "--model",
+               str(qwen2_folder), "--steps", "2", "--task", own_task["task"], "--reward", *own_task["reward"],
+               "--prompts-per-step", "3", "--group-size", "4", "--max-new-tokens", "8",
+               "--skip-truncated", "false", "--eval-examples", "3", "--eval-every", "1",
+               "--eval-samples", "2", "--save-every", "1", "--output-dir", str(tmp_path), "--name", "mine"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "mine"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-1", "checkpoint-2",
+        "final", "summary.json"}
+
+    metrics = lines(folder / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2]
+    assert all(set(m) == METRICS | {"reward/my_rewards.many"} for m in metrics)
+    assert all(m["kl"] is not None and m["grad_norm"] > 0 for m in metrics)  # improved has a reference
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {
+        "recipe", "accuracy_before", "accuracy_after", "steps", "seconds", "peak_memory_bytes"
+    } <= set(summary)
+    assert summary["recipe"] == "improved" and 0 <= summary["pass_at_k_after"] <= 1
+    assert json.loads((folder / "config.json").read_text())["group_size"] == 4
+    samples = lines(folder / "samples.jsonl")
+    assert len(samples) == 2 * 2 * 4 and set(samples[0]) >= {"step", "completion", "reward", "parts"}
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    for name in ("final", "checkpoint-1"):  # complete folders, trained away from where they began
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+        assert tokenizer.decode(tokenizer("numbers 3 4").input_ids) == "numbers 3 4"
+        assert any(
+            (a != b).any()
+            for a, b in zip(weights_of(folder / name).values(), weights_of(qwen2_folder).values())
+        )
+    state = torch.load(folder / "checkpoint-2" / "trainer_state" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and state["optimizer"]["state"] and state["reference"]
+
+    # No terminal here: one plain line a step, no bars.
+    assert "step 1/2 reward" in done.stdout and "step 2/2 reward" in done.stdout
+    assert "\r" not in done.stdout + done.stderr
+    for told in ("recipe improved on cpu", "M parameters", "3 held out", "before", "after",
+                 "curves.png", "samples.jsonl", "final/", "peak"):
+        assert told in done.stdout
+
+
+def test_a_seed_repeats_a_cpu_run_bit_for_bit(tmp_path):
+    for name in ("a", "b"):
+        g.train(quick(tmp_path, name, cold_start_steps=3, beta=0.1, updates_per_batch=2))
+    a, b = (weights_of(tmp_path / name / "final") for name in "ab")
+    assert all((a[k] == b[k]).all() for k in a)
+    drop = {"seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
+    a, b = (
+        [{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / name / "metrics.jsonl")]
+        for name in "ab"
+    )
+    assert a == b
+    assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("recipe", [name for name in g.RECIPES if name != "tiny"])
+def test_every_recipes_algorithm_runs_on_the_embedded_model(tmp_path, recipe):
+    config = quick(tmp_path, recipe=recipe, model="embedded", task="mini-countdown", prompt_format=None,
+                   skip_truncated=False, reward=["countdown_format", "countdown_equation"])
+    g.train(config)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(m["skipped"] is None or "nothing to learn" in m["skipped"] for m in metrics)
+    assert all((m["kl"] is not None) == (config.beta > 0) for m in metrics if m["skipped"] is None)
+
+
+def test_a_step_with_nothing_to_learn_says_so_and_changes_no_weight(tmp_path, own_task, qwen2_folder, capsys):
+    same = [own_task["reward"][0].replace(":many", ":same")]
+    g.train(quick(tmp_path, "even", model=str(qwen2_folder), task=own_task["task"], reward=same,
+                  skip_truncated=False))
+    g.train(
+        quick(tmp_path, "cut", model=str(qwen2_folder), **own_task, skip_truncated=True, max_new_tokens=1)
+    )
+    told = {
+        "even": "nothing to learn: no group with spread", "cut": "nothing to learn: every answer truncated"
+    }
+    for name, words in told.items():
+        assert lines(tmp_path / name / "metrics.jsonl")[0]["skipped"] == words
+        before, after = weights_of(qwen2_folder), weights_of(tmp_path / name / "final")
+        assert all((before[k] == after[k]).all() for k in before)
+    assert "every answer truncated" in capsys.readouterr().out
+
+
+def test_eval_only_evaluates_and_writes_nothing(tmp_path, qwen2_folder):
+    result = g.train(quick(tmp_path, model=str(qwen2_folder), eval_only=True, eval_samples=3))
+    assert result["accuracy"] == 0.0 and 0 <= result["pass_at_k"] <= 1  # random weights solve nothing
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_chat_template_is_warned_about(tmp_path, capsys):
+    model, tokenizer = data.tiny_policy(0)
+    tokenizer.chat_template = None
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    g.train(quick(tmp_path, model=str(tmp_path / "m"), steps=0, max_new_tokens=4))
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_cold_start_teaches_the_demonstrations(tmp_path):
+    summary = g.train(
+        quick(tmp_path, cold_start_steps=60, cold_start_lr=3e-3, steps=0, max_new_tokens=24, eval_examples=20)
+    )
+    assert summary["accuracy_before"] == summary["accuracy_after"]
+    policy_format = g.train(
+        quick(tmp_path, "again", model=str(tmp_path / "run" / "final"), steps=1, max_new_tokens=24)
+    )
+    assert policy_format["steps"] == 1
+    assert lines(tmp_path / "again" / "metrics.jsonl")[0]["reward/countdown_format"] > 0.5
+
+
+BAD = {
+    "unknown recipe": (["--recipe", "nano"], "use auto or one of tiny, improved"),
+    "unknown task": (["--task", "sudoku"], "use countdown, gsm8k"),
+    "unknown reward": (["--reward", "countdown_equatoin"], "did you mean 'countdown_equation'"),
+    "unknown dtype": (["--dtype", "float16"], "invalid choice"),
+    "unknown flag": (["--group-sise", "8"], "--group-sise"),
+    "no number": (["--steps", "many"], "invalid int value: 'many'"),
+    "group of one": (["--group-size", "1"], "--group-size 1: must be at least 2"),
+    "missing file": (["--task", "gone.jsonl"], "gone.jsonl: no such file"),
+    "missing model": (["--model", "./gone"], "./gone: no such folder"),
+    "hub without network": (["--model", "nobody/nothing"], "check the id and the network"),
+    "prompt over the context": (["--max-new-tokens", "5000"], "exceed the model's context of 1024"),
+    "too little memory": (["--memory-budget-gib", "0.0001"], "try"),
+    "cuda without cuda": (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_exit_2_and_no_files(case, tmp_path, monkeypatch, capsys):
+    arguments, told = BAD[case]
+    if case == "cuda without cuda" and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    base = ["--device", "cpu"] if "--device" not in arguments else []
+    recipe = [] if "--recipe" in arguments else ["--recipe", "tiny"]
+    monkeypatch.setattr(
+        sys, "argv", ["grpo_scratch.py", *recipe, "--output-dir", str(tmp_path / "runs"), *base, *arguments]
+    )
+    with pytest.raises(SystemExit) as stop:
+        g.main()
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert told in error[-1] and error[-1].startswith("error: ") and len(error) == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("function, told", [
+    ("broken", "'my_rewards.broken' raised ZeroDivisionError"),
+    ("nothing", "'my_rewards.nothing' returned nan"), ("words", "'my_rewards.words' returned 'much'"),
+    ("gone", "my_rewards.py:many"),
+])
+def test_a_bad_custom_reward_is_named_and_nothing_is_written(
+    function, told, tmp_path, own_task, monkeypatch, capsys
+):
+    reward = own_task["reward"][0].replace(":many", f":{function}")
+    monkeypatch.setattr(sys, "argv", [
+        "grpo_scratch.py", "--recipe", "tiny", "--device", "cpu", "--task", own_task["task"], "--reward",
+        reward, "--cold-start-steps", "0", "--eval-examples", "2", "--output-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as stop:
+        g.main()
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_never_overwrites_another(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(g.InputError, match="exists already"):
+        g.train(quick(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What happens when things go wrong
+
+
+@pytest.mark.parametrize("settings", [
+    {"skip_truncated": True, "lr_schedule": "linear"},
+    {"beta": 0.1, "reference_every": 3, "updates_per_batch": 2, "clip_low": 0.1, "dtype": "bfloat16"},
+])
+def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings):
+    """The killed run is a copy of the uninterrupted one's folder as it was between steps 3 and 4."""
+    whole = quick(
+        tmp_path, "whole", steps=5, save_every=2, cold_start_steps=4, learning_rate=1e-3, **settings
+    )
+    g.train(whole)
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", killed)
+    for name in ("checkpoint-4", "final"):
+        shutil.rmtree(killed / name)
+    (killed / "summary.json").unlink()
+    (killed / ".checkpoint.partial").mkdir()  # left behind by a kill in the middle of a save
+
+    config = g.parse_command_line(["--resume", str(killed)])
+    assert config.steps == 5 and config.beta == settings.get("beta", 0.0)  # taken over from the checkpoint
+    g.train(config)
+    drop = {"seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
+    a, b = ([{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / run / "metrics.jsonl")]
+            for run in ("whole", "killed"))
+    assert a == b and len(a) == 5
+    a, b = (weights_of(tmp_path / run / "final") for run in ("whole", "killed"))
+    assert all((a[k] == b[k]).all() for k in a)
+    a, b = (torch.load(tmp_path / run / "checkpoint-4" / "trainer_state" / "state.pt", weights_only=True)
+            for run in ("whole", "killed"))
+    for old, new in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert all(torch.equal(torch.as_tensor(old[k]), torch.as_tensor(new[k])) for k in old)
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
+
+
+def test_resume_refuses_what_contradicts_the_checkpoint_and_lists_what_may_change(tmp_path):
+    g.train(quick(tmp_path, steps=1, save_every=1))
+    resume = ["--resume", "latest", "--output-dir", str(tmp_path)]
+    with pytest.raises(g.InputError, match="--group-size was 4, not 8.* These may change: .*steps"):
+        g.parse_command_line([*resume, "--group-size", "8"])
+    assert g.parse_command_line([*resume, "--steps", "3"]).steps == 3
+    with pytest.raises(g.InputError, match="no whole checkpoint"):
+        g.parse_command_line(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    g.train(quick(tmp_path, steps=4, save_every=1, keep_checkpoints=2))
+    assert {p.name for p in (tmp_path / "run").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, code):
+    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
+               "--steps", "9999", "--prompts-per-step", "3", "--eval-examples", "4", "--output-dir",
+               str(tmp_path), "--name", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped_by"] == number and summary["steps"] >= 2
+    assert g.find_checkpoint("latest", str(tmp_path)).name == f"checkpoint-{summary['steps']}"
+    assert "--resume" in out
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
+    """A limit on the size of files stands for the disk: the model's weights do not fit, its metrics do."""
+    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
+               "--steps", "2", "--prompts-per-step", "3", "--eval-examples", "4", "--save-every", "1",
+               "--output-dir", str(tmp_path), "--name", "run"]
+    limited = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", *map(str, command)]  # blocks of 512 bytes
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert "checkpoint-1 could not be saved" in done.stderr and "step 2/2" in done.stdout
+    assert done.returncode == 2 and "final can't be written" in done.stderr.splitlines()[-1]
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert g.checkpoints(tmp_path / "run") == []
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    g.append_lines(path, [{"step": 1}])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 5, limit[1]))
+        g.append_lines(path, [{"step": 2, "much": "x" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert lines(path) == [{"step": 1}]
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_numbers_that_go_wrong_stop_the_run_with_its_last_good_state(tmp_path, capsys):
+    summary = g.train(quick(tmp_path, steps=30, learning_rate=1e38, skip_truncated=False, max_bad_steps=3,
+                            cold_start_steps=20, cold_start_lr=3e-3, max_new_tokens=24))
+    assert summary["stopped_by"] == "bad steps"
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["bad_updates"] for m in metrics[-3:]] == [1, 1, 1] and len(metrics) < 30
+    assert g.checkpoints(tmp_path / "run") and "not finite" in capsys.readouterr().err
+
+
+def test_trouble_is_told_once(capsys):
+    warned, stuck = set(), {"groups_without_spread": 1.0, "truncated_fraction": 1.0, "entropy": 0.0}
+    for n in range(1, 60):
+        g.warn_of_trouble([stuck] * n, warned)
+    told = capsys.readouterr().err
+    assert (
+        told.count("length limit") == 1 and told.count("entropy is nearly zero") == 1
+        and "no spread" not in told
+    )
+    g.warn_of_trouble([stuck | {"truncated_fraction": 0.1}] * 20, warned)
+    assert capsys.readouterr().err.count("no spread") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reward models and recipes
+
+
+def test_a_reward_model_adds_its_score_to_each_answer(tmp_path, qwen2_folder):
+    tokenizer = data.tiny_tokenizer()
+    config = transformers.Qwen2Config.from_pretrained(qwen2_folder, num_labels=1)
+    judge = transformers.Qwen2ForSequenceClassification(config).eval()
+    torch.nn.init.normal_(judge.score.weight)
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    g.train(quick(tmp_path, steps=1, reward_model=str(tmp_path / "judge"), reward_model_weight=2.0))
+    for record in lines(tmp_path / "run" / "samples.jsonl"):
+        prompt = record["example"]["prompt"]
+        answer = {"role": "assistant", "content": prompt[-1]["content"] + record["completion"]}
+        text = tokenizer.apply_chat_template([*prompt[:-1], answer], tokenize=False)
+        alone = float(judge(torch.tensor([tokenizer(text).input_ids])).logits[0, 0])
+        assert record["parts"]["reward_model"] == pytest.approx(alone, abs=1e-4)
+        rules = record["parts"]["countdown_equation"] + 0.1 * record["parts"]["countdown_format"]
+        assert record["reward"] == pytest.approx(rules + 2.0 * alone, abs=1e-3)
+    with pytest.raises(g.InputError, match="single label"):
+        transformers.Qwen2ForSequenceClassification(
+            transformers.Qwen2Config.from_pretrained(qwen2_folder, num_labels=3)
+        ).save_pretrained(tmp_path / "judge")
+        data.RewardModel(str(tmp_path / "judge"), dtype=torch.float32, device="cpu")
+
+
+def test_the_recipes_are_listed_with_the_designs_settings(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo_scratch.py", "--list-recipes"])
+    g.main()
+    table = capsys.readouterr().out
+    assert all(name in table.splitlines()[0] for name in g.RECIPES)
+    assert "clip_high" in table and "reference_every" in table
+    # Prompts, group, new tokens, temperature, the loss's, std, eps, skip; updates, low, high, beta, every,
+    # average, top, learning rate, norm.
+    design = {
+        "improved": (32, 8, 1024, 0.5, None, "population", 1e-6, True,
+                     1, 0.2, 0.3, 0.01, 10, "token", 0.2, 1e-5, 1.0),
+        "nano-aha": (16, 4, 1024, 1.0, None, "population", 1e-4, False,
+                     1, 0.2, 0.2, 0.001, 0, "token", 1.0, 1e-6, 1.0),
+        "grpo-zero": (32, 8, 1024, 1.0, 1.0, "population", 1e-4, False,
+                      1, 0.2, 0.2, 0.0, 0, "token", 1.0, 1e-5, 1.0),
+        "simple-grpo": (4, 8, 700, 0.9, 1.0, "sample", 1e-4, False,
+                        1, 0.2, 0.2, 0.04, 0, "sequence", 1.0, 1e-6, 0.0),
+        "lm-book": (4, 16, 500, 1.0, 1.0, "sample", 1e-4, False,
+                    3, 0.1, 0.1, 0.04, 500, "sequence", 1.0, 5e-6, 0.1),
+    }
+    for name, row in design.items():
+        c = g.make_config(name)
+        assert row == (
+            c.prompts_per_step, c.group_size, c.max_new_tokens, c.temperature, c.loss_temperature,
+            c.advantage_std, c.advantage_eps, c.skip_truncated, c.updates_per_batch, c.clip_low, c.clip_high,
+            c.beta, c.reference_every, c.aggregation, c.top_entropy, c.learning_rate, c.max_grad_norm), name
