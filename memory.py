@@ -667,7 +667,7 @@ def _bytes(
         embedding=vocab * wide * (byte + 4 if byte < 4 else 4),
         step=visiting + 16 * OPTIMIZER_SLICE,
         kv_cache=kv_cache,
-        sampler=max(rows * vocab * (byte + 12) + copies * kv_cache // (2 * layers), prefill),
+        sampler=max(rows * vocab * (byte + 16) + copies * kv_cache // (2 * layers), prefill),
         host_reference=byte * sum(sizes) if asked.reference else 0,
         host_optimizer=in_host,
         micro_batch_tokens=tokens,

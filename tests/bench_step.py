@@ -102,6 +102,7 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
         group_size=GROUP,
         dtype=dtype,
         memory_budget_bytes=int(memory.detect_budget_bytes(device)),
+        micro_batch_tokens=None if asked.model else config.micro_batch_tokens,
     )
     memory.sum_gradients_in_fp32(policy.model.parameters())
     optimizer = memory.AdamW8bit(policy.model.parameters(), lr=RATE)

@@ -230,8 +230,9 @@ def answers_of_generate(model, eos, max_new_tokens):
     return answers
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_greedy_equals_generate_for_mixed_prompts_that_end_at_different_times(kind):
+@pytest.mark.parametrize("kind, check_every", [("qwen2", 1), ("qwen2", 8), ("qwen3", 1), ("llama", 3)])
+def test_greedy_equals_generate_for_mixed_prompts_that_end_at_different_times(kind, check_every, monkeypatch):
+    monkeypatch.setitem(g.CHECK_EVERY, "cpu", check_every)  # as on a GPU
     model = tiny_model(kind)
     free = answers_of_generate(model, None, 20)
     eos = [free[0][4], free[2][9]]  # tokens that are known to come up, so that rows end early
@@ -273,6 +274,13 @@ def test_sampled_frequencies_are_the_models_probabilities():
     chi_square = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
     degrees = len(expected) - 1
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # four standard deviations above its mean
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    p = torch.rand(50, 40) * (torch.rand(50, 40) < 0.3)
+    p[:, 7] = 0.1
+    for _ in range(200):
+        assert (p.gather(1, g.draw(p)[:, None]) > 0).all()
 
 
 def test_a_seed_repeats_the_samples():
@@ -435,6 +443,31 @@ def test_running_out_of_memory_at_the_smallest_setting_gives_up_with_the_plan(mo
         config = update_config()
         g.update(policy, None, RecordedStep(policy.model), g.make_lessons(some_episodes(policy), config),
                  config, plan)
+
+
+def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsys):
+    policy, calls = a_policy(), []
+    real = g.prefill
+
+    def sometimes_full(*args):
+        calls.append(1)
+        if len(calls) <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(g, "prefill", sometimes_full)
+    plan = SimpleNamespace(max_rows=12, table=lambda: "THE PLAN")
+    sampling = {"group_size": 4, "max_new_tokens": 5, "eos_token_id": [0], "pad_token_id": 0, "temperature": 0.0,
+                "weights": {"countdown_format": 1.0}}
+    prompts = [{"prompt_ids": [40, 41, 42]}, {"prompt_ids": [50] * 9}, {"prompt_ids": [60, 61]}]
+    episodes = g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
+    assert plan.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2
+    plan.max_rows = 12
+    expected = g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
+    assert [e.completion.ids for e in episodes] == [e.completion.ids for e in expected]
+    monkeypatch.setattr(g, "prefill", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
+        g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
