@@ -363,7 +363,7 @@ def demonstration(example: dict, rng: random.Random) -> str:
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if not loop.last or "
-    "add_generation_prompt %}<|end|>{% endif %}{% endfor %}"
+    "add_generation_prompt %}<|endoftext|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -381,14 +381,16 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
     numbers = [str(n) for n in range(10, MINI_LARGEST + 1)]
     tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
-    special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    special = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
     )
 
 
-def tiny_policy(seed: int) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
+def tiny_policy(
+    seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
     """A Qwen2 of under a million random parameters and its tokenizer, made in memory: nothing to download."""
     tokenizer = tiny_tokenizer()
     config = transformers.Qwen2Config(
@@ -407,7 +409,8 @@ def tiny_policy(seed: int) -> tuple[transformers.PreTrainedModel, transformers.P
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.Qwen2ForCausalLM(config), tokenizer
+        # Made in its dtype: a later .to(bfloat16) would round the rotary frequencies too.
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), tokenizer
 
 
 def load_policy(
@@ -415,8 +418,8 @@ def load_policy(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The policy and its tokenizer: `embedded`, a local folder, or a hub id; InputError without it."""
     if model == "embedded":
-        policy, tokenizer = tiny_policy(seed)
-        return policy.to(device=device, dtype=dtype).eval(), tokenizer
+        policy, tokenizer = tiny_policy(seed, dtype)
+        return policy.to(device), tokenizer
     # The hub's client tells of each of its retries; the error below says all that they say.
     huggingface_hub.utils.logging.set_verbosity_error()
     folder = Path(model)

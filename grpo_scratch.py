@@ -11,6 +11,7 @@ temperature, because top-p or top-k would draw from another distribution than th
 
 import argparse
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -1052,7 +1053,7 @@ def report(summary: dict, config: Config, folder: Path) -> str:
         "", f"{'':<28}{'before':>8}{'after':>8}", *(f"{name:<28}{a:>8.3f}{b:>8.3f}" for name, a, b in rows)
     ]
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
-    return "\n".join(lines + [f"  {folder / name}" for name in ("curves.png", "samples.jsonl", "final/")])
+    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/")])
 
 
 def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:
@@ -1187,6 +1188,7 @@ def train(config: Config) -> dict:
     with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
     """
     started = time.monotonic()
+    transformers.utils.logging.disable_progress_bar()  # the bars are ours
     check_config(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype_name = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
@@ -1439,7 +1441,13 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         raise InputError(f"{message}; see python grpo_scratch.py --help")
 
     parser.error = fail
-    given = vars(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
+    config, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        fail(f"{unknown[0]}: no such flag" + (f", did you mean {nearest[0]}?" if nearest else ""))
+    given = vars(config)
     if saved:
         changed = [n for n, value in given.items() if n not in MAY_CHANGE and value != saved.get(n)]
         if changed:
