@@ -384,7 +384,8 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -315,7 +315,7 @@ class RowCache(transformers.Cache):
             values[rows, :, start : self.column] = layer.values[source]
 
     def shrink(self, live: int, gaps: Tensor, movers: Tensor) -> None:
-        """Keep `live` rows: those of `gaps`, all below it, are overwritten by those of `movers`, all above."""
+        """Keep `live` rows: `gaps`, all below that, are overwritten by `movers`, all above it."""
         for buffer in self.keys + self.values:
             buffer[gaps, :, : self.column] = buffer[movers, :, : self.column]
         self.live = live
@@ -349,8 +349,9 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     torch.multinomial draws V random numbers a row, on a CPU one after another: ten times as long.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64)  # float32 would round the rare tokens' shares
-    points = torch.rand(len(sums), 1, generator=generator, device=sums.device, dtype=torch.float64) * sums[:, -1:]
-    return torch.searchsorted(sums, points, right=True).squeeze(1).clamp(max=sums.shape[1] - 1)
+    uniform = torch.rand(len(sums), 1, generator=generator, device=sums.device, dtype=torch.float64)
+    tokens = torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(1)
+    return tokens.clamp(max=sums.shape[1] - 1)
 
 
 def choose_tokens(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor, Tensor]:

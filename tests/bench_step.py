@@ -28,7 +28,7 @@ from functools import wraps
 from pathlib import Path
 
 # As grpo_scratch sets it for idle threads. It counts from before torch is loaded, for both sides.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 PROMPTS, GROUP, RATE, WARM_UP = 32, 8, 1e-5, 2

@@ -457,8 +457,8 @@ def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsy
 
     monkeypatch.setattr(g, "prefill", sometimes_full)
     plan = SimpleNamespace(max_rows=12, table=lambda: "THE PLAN")
-    sampling = {"group_size": 4, "max_new_tokens": 5, "eos_token_id": [0], "pad_token_id": 0, "temperature": 0.0,
-                "weights": {"countdown_format": 1.0}}
+    sampling = {"group_size": 4, "max_new_tokens": 5, "eos_token_id": [0], "pad_token_id": 0,
+                "temperature": 0.0, "weights": {"countdown_format": 1.0}}
     prompts = [{"prompt_ids": [40, 41, 42]}, {"prompt_ids": [50] * 9}, {"prompt_ids": [60, 61]}]
     episodes = g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
     assert plan.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2
