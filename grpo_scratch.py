@@ -169,8 +169,8 @@ GROUPS = {
 
 RECIPES: dict[str, dict] = {
     "tiny": {
-        "model": "embedded", "task": "mini-countdown", "steps": 320, "max_new_tokens": 16,
-        "eval_examples": 120, "temperature": 1.2, "learning_rate": 6e-4, "lr_schedule": "linear",
+        "model": "embedded", "task": "mini-countdown", "steps": 280, "max_new_tokens": 16,
+        "eval_examples": 120, "temperature": 1.4, "learning_rate": 5e-4, "lr_schedule": "linear",
         "adam_betas": [0.9, 0.98], "micro_batch_tokens": 2048,
         "cold_start_steps": 500, "cold_start_lr": 3e-3, "cold_start_batch": 32,
     },
