@@ -164,10 +164,10 @@ def test_cold_start_teaches_the_demonstrations(tmp_path):
         quick(tmp_path, cold_start_steps=60, cold_start_lr=3e-3, steps=0, max_new_tokens=24, eval_examples=20)
     )
     assert summary["accuracy_before"] == summary["accuracy_after"]
-    policy_format = g.train(
+    again = g.train(
         quick(tmp_path, "again", model=str(tmp_path / "run" / "final"), steps=1, max_new_tokens=24)
     )
-    assert policy_format["steps"] == 1
+    assert again["steps"] == 1
     assert lines(tmp_path / "again" / "metrics.jsonl")[0]["reward/countdown_format"] > 0.5
 
 
