@@ -136,16 +136,20 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
 def countdown_demonstration(example: dict, rng: random.Random) -> str:
     """A completion in the right format with right arithmetic and a blind choice of expression.
 
-    Two numbers are written larger first, so that they never come to less than zero. Which expression hits the
-    target is what GRPO has to teach.
+    Which expression hits the target is what GRPO has to teach. With two numbers the reasoning starts with how
+    the target compares with the first one. Plus is chosen twice as often as the others, so that before GRPO
+    the greedy answer is plus to every problem, and not an accident of the seed.
     """
-    if len(example["nums"]) == 2:
-        a, b = sorted(example["nums"], reverse=True)
-        operator = rng.choice("+-*")
+    nums, target = example["nums"], example["target"]
+    if len(nums) == 2:
+        a, b = nums
+        compared = f"{target} {'>' if target > a else '<' if target < a else '='} {a}, "
+        operator = rng.choice("++-*")
         text, value = f"{a} {operator} {b}", a + b if operator == "+" else a - b if operator == "-" else a * b
     else:
-        text, value = random_expression(example["nums"], "+-*/", rng)
-    return f"{text} = {value}</think>\n<answer>{text}</answer>"
+        compared = ""
+        text, value = random_expression(nums, "+-*/", rng)
+    return f"{compared}{text} = {value}</think>\n<answer>{text}</answer>"
 
 
 def countdown_problems(count: int, seed: int) -> list[dict]:
@@ -171,13 +175,14 @@ def countdown_key(nums: list[int], target: int) -> tuple:
 def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], list[dict]]:
     """All problems of two numbers of 1-30 with a positive target by +, - or *, as (train, held-out).
 
-    Held out are all problems of some pairs of numbers: what operator hits a target must be learned elsewhere.
+    The larger number is given first, so that no difference is negative. Held out are all problems of some
+    pairs of numbers: what operator hits a target must be learned elsewhere.
     """
     rng = random.Random(seed)
     pairs = list(itertools.combinations_with_replacement(range(1, MINI_LARGEST + 1), 2))
     rng.shuffle(pairs)
     problems = [
-        {"nums": rng.sample([a, b], 2), "target": target}
+        {"nums": [b, a], "target": target}
         for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})
     ]
     if eval_examples > len(problems) // 2:
@@ -375,7 +380,8 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     words = [
-        "numbers ", " target ", " + ", " - ", " * ", " = ", "<think>", "</think>", "\n<answer>", "</answer>"
+        "numbers ", " target ", " + ", " - ", " * ", " = ", " < ", " > ", ", ",
+        "<think>", "</think>", "\n<answer>", "</answer>",
     ]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
@@ -392,12 +398,12 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def tiny_policy(
     seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
-    """A Qwen2 of under a million random parameters and its tokenizer, made in memory: nothing to download."""
+    """A Qwen2 of a million random parameters and its tokenizer, made in memory: nothing to download."""
     tokenizer = tiny_tokenizer()
     config = transformers.Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=768,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,

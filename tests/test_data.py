@@ -71,15 +71,23 @@ def test_a_random_expression_uses_every_number_once_and_has_its_value(numbers, s
 
 def test_demonstrations_are_well_formed_right_and_blind():
     rng = random.Random(0)
-    hits = 0
+    hits, chosen = 0, {"+": [], "-": [], "*": []}  # by the operator that the target needs
     examples = load("mini-countdown", train_examples=10**6)[0]
     for example in examples:
         text = data.demonstration(example, rng)
         line, rest = text.split("</think>\n<answer>")
-        expression, value = line.split(" = ")
+        comparison, equation = line.split(", ")
+        expression, value = equation.split(" = ")
+        assert eval(comparison.replace(" = ", " == ")) and comparison.startswith(f"{example['target']} ")
         assert rest == f"{expression}</answer>" and eval(expression) == int(value)
         hits += int(value) == example["target"]
+        (a, b), operator = example["nums"], expression.split()[1]
+        needed = {a + b: "+", a - b: "-", a * b: "*"}[example["target"]]
+        chosen[needed].append(operator)
     assert 0.25 < hits / len(examples) < 0.42  # a third, by chance
+    for operators in chosen.values():  # the same mixture, whatever is needed
+        assert 0.4 < operators.count("+") / len(operators) < 0.6
+        assert 0.15 < operators.count("-") / len(operators) < 0.35
 
 
 def test_demonstrations_of_other_tasks_are_their_own_completions():
