@@ -55,27 +55,22 @@ def flag(default, text: str):
 class Config:
     """Every setting of a run. A recipe changes defaults, a flag beats the recipe."""
 
-    recipe: str = flag("auto", "row of settings to start from; auto is improved with CUDA and tiny without")
+    recipe: str = flag("auto", "row of settings to start from; auto: improved with CUDA, tiny without")
+    list_recipes: bool = flag(False, "print the recipes as a table and stop")
     steps: int = flag(500, "optimization steps; each samples prompts-per-step x group-size answers")
-    seed: int = flag(0, "seed of weights (embedded model), data and sampling; a CPU run repeats bit for bit")
-    name: str | None = flag(
-        None, "folder of the run below --output-dir; default: the recipe and the time of the start"
-    )
+    seed: int = flag(0, "of embedded weights, data and sampling; a CPU run repeats bit for bit")
+    name: str | None = flag(None, "folder of the run below --output-dir; default: recipe and start time")
     output_dir: str = flag("runs", "folder that holds the runs")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
 
-    model: str = flag(
-        "Qwen/Qwen2.5-0.5B-Instruct", "hub id, local folder, or embedded (a tiny policy made in memory)"
-    )
-    dtype: Literal["auto", "bfloat16", "float32"] = flag(
-        "auto", "of the weights; auto is bfloat16 on CUDA, else float32"
-    )
+    model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub id, folder, or embedded (tiny, made in memory)")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16 on CUDA, else float32")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
     task: str = flag("countdown", "countdown, gsm8k, mini-countdown, or a jsonl, json, csv or parquet file "
                      "with a `prompt` column (text used as it stands, or a list of chat messages)")
-    dataset: str | None = flag(None, "hub id, folder or file that replaces the task's own source of problems")
+    dataset: str | None = flag(None, "hub id, folder or file to take a built-in task's problems from")
     prompt_format: str | None = flag(
-        None, f"prompt of the built-in tasks, one of {', '.join(data.PROMPTS)}; default: the task's"
+        None, f"for a built-in task: one of {', '.join(data.PROMPTS)}; default: its own"
     )
     train_examples: int = flag(10_000, "at most so many examples to train on")
     reward: list[str] = field(
@@ -84,12 +79,9 @@ class Config:
                   "FILE.py:FUNCTION with your own (completion, example) -> float, which is run as it is; the "
                   "first one decides accuracy: a score of 1 or more is solved"},
     )
-    reward_model: str | None = flag(None, "hub id or folder of a sequence-classification model with one "
-                                    "label; its score is added to the reward")
+    reward_model: str | None = flag(None, "hub id or folder of a one-label classifier; adds its score")
     reward_model_weight: float = flag(1.0, "weight of that score")
-    cold_start_steps: int = flag(
-        0, "supervised steps on demonstrations before GRPO, for models that never write the tags"
-    )
+    cold_start_steps: int = flag(0, "supervised steps before GRPO, for models that never write the tags")
     cold_start_lr: float = flag(1e-5, "learning rate of the cold start, falling to zero over it")
     cold_start_batch: int = flag(64, "demonstrations in a step of the cold start")
 
@@ -97,37 +89,23 @@ class Config:
     group_size: int = flag(8, "answers sampled for each prompt; they are compared with one another")
     max_new_tokens: int = flag(1024, "length limit of an answer, in tokens")
     temperature: float = flag(1.0, "sampling temperature")
-    max_rows: int | None = flag(
-        None, "answers that are sampled at the same time; default: as many as the memory holds"
-    )
+    max_rows: int | None = flag(None, "answers sampled at a time; default: as many as fit the memory")
 
-    loss_temperature: float | None = flag(
-        None, "temperature inside the loss; default: the sampling temperature"
-    )
+    loss_temperature: float | None = flag(None, "temperature in the loss; default: the sampling's")
     advantage_std: Literal["population", "sample", "none"] = flag(
-        "population", "what a group's centred rewards are divided by: its standard deviation (/n or /(n-1)), "
-        "or nothing")
+        "population", "what centred rewards are divided by: their standard deviation (/n, /(n-1)), or nothing"
+    )
     advantage_eps: float = flag(1e-6, "added to that standard deviation")
     skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens")
-    updates_per_batch: int = flag(
-        1, "optimizer steps on each batch; 1 is exactly on-policy and needs no ratio"
-    )
-    clip_low: float = flag(
-        0.2, "the ratio is clipped below at 1 - this (only with several updates per batch)"
-    )
+    updates_per_batch: int = flag(1, "optimizer steps a batch; 1 is exactly on-policy and needs no ratio")
+    clip_low: float = flag(0.2, "with several updates: the ratio is clipped below at 1 - this")
     clip_high: float = flag(0.2, "and above at 1 + this")
-    beta: float = flag(
-        0.0, "coefficient of the KL divergence from the reference policy; 0 needs no reference"
-    )
-    reference_every: int = flag(
-        0, "steps between copies of the policy into the reference; 0: it stays the start's"
-    )
+    beta: float = flag(0.0, "coefficient of the KL divergence from a reference policy; 0 needs none")
+    reference_every: int = flag(0, "steps between copies of the policy into the reference; 0: never")
     aggregation: Literal["token", "sequence", "constant"] = flag(
-        "token", "average over all tokens (DAPO), per answer then over answers (GRPO), or by max-new-tokens "
-        "(Dr. GRPO)")
-    top_entropy: float = flag(
-        1.0, "share of the answers' tokens, those of highest entropy, that the loss uses"
+        "token", "average over all tokens (DAPO), within answers (GRPO), by max-new-tokens (Dr. GRPO)"
     )
+    top_entropy: float = flag(1.0, "share of the answers' tokens, of highest entropy, that the loss uses")
 
     learning_rate: float = flag(1e-6, "of AdamW")
     lr_schedule: Literal["constant", "linear"] = flag("constant", "linear falls to zero over the run")
@@ -139,25 +117,19 @@ class Config:
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 never clips")
 
     memory_budget_gib: float | None = flag(None, "memory to plan for, in GiB; default: what is free")
-    offload_optimizer: bool = flag(
-        False, "keep the optimizer's state in host memory: less GPU memory, slower steps"
-    )
-    micro_batch_tokens: int | None = flag(
-        None, "tokens in a forward pass of the update; default: as the memory allows"
-    )
-    checkpointed_layers: int | None = flag(None, "layers whose activations are computed again in the "
-                                           "backward pass; default: as few as the memory allows")
+    offload_optimizer: bool = flag(False, "optimizer state in host memory: less GPU memory, slower")
+    micro_batch_tokens: int | None = flag(None, "tokens in a forward pass of the update; default: planned")
+    checkpointed_layers: int | None = flag(None, "layers computed again in backward; default: planned")
 
-    eval_every: int = flag(50, "steps between evaluations on the held-out examples; 0: only before and after")
+    eval_every: int = flag(50, "steps between evaluations on held-out examples; 0: only before and after")
     eval_examples: int = flag(128, "held-out examples")
-    eval_samples: int = flag(0, "also sample this many answers to each held-out example and report pass@k")
+    eval_samples: int = flag(0, "sample so many answers to each held-out example too; report pass@k")
     eval_only: bool = flag(False, "evaluate the model and stop")
     save_every: int = flag(0, "steps between checkpoints; 0: only the final model is saved")
     keep_checkpoints: int = flag(2, "keep this many checkpoints, the newest; 0 keeps all")
     resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
                               "from `latest`, the newest of the newest run; its settings are taken over")
-    max_bad_steps: int = flag(5, "stop after so many steps in a row without a finite loss and gradient")
-    list_recipes: bool = flag(False, "print the recipes as a table and stop")
+    max_bad_steps: int = flag(5, "stop after so many steps in a row without finite loss and gradient")
 
 
 # The first field of each group in `--help`, and the group's title.
@@ -169,10 +141,9 @@ GROUPS = {
 
 RECIPES: dict[str, dict] = {
     "tiny": {
-        "model": "embedded", "task": "mini-countdown", "steps": 280, "max_new_tokens": 16,
-        "eval_examples": 120, "temperature": 1.4, "learning_rate": 5e-4, "lr_schedule": "linear",
-        "adam_betas": [0.9, 0.98], "micro_batch_tokens": 2048,
-        "cold_start_steps": 500, "cold_start_lr": 3e-3, "cold_start_batch": 32,
+        "model": "embedded", "task": "mini-countdown", "steps": 200, "max_new_tokens": 24,
+        "eval_examples": 120, "learning_rate": 5e-4, "lr_schedule": "linear", "micro_batch_tokens": 2048,
+        "cold_start_steps": 400, "cold_start_lr": 3e-3, "cold_start_batch": 32,
     },
     "improved": {
         "temperature": 0.5, "skip_truncated": True, "clip_high": 0.3, "beta": 0.01, "reference_every": 10,
@@ -224,39 +195,39 @@ def make_config(recipe: str = "auto", **overrides) -> Config:
 
 def check_config(config: Config) -> None:
     """Raises InputError for the first value that no run can have."""
-    at_least = {
-        "steps": 0, "train_examples": 1, "cold_start_steps": 0, "cold_start_batch": 1, "prompts_per_step": 1,
-        "group_size": 2, "max_new_tokens": 1, "max_rows": 1, "advantage_eps": 0, "updates_per_batch": 1,
-        "clip_low": 0, "clip_high": 0, "beta": 0, "reference_every": 0, "learning_rate": 0,
-        "cold_start_lr": 0, "weight_decay": 0, "max_grad_norm": 0, "micro_batch_tokens": 1,
-        "checkpointed_layers": 0, "eval_every": 0, "eval_examples": 1, "eval_samples": 0, "save_every": 0,
-        "keep_checkpoints": 0, "max_bad_steps": 1,
-    }
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for name in ("temperature", "loss_temperature", "memory_budget_gib"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if not 0 < config.top_entropy <= 1:
-        raise InputError(f"--top-entropy {config.top_entropy}: must be above 0 and at most 1 "
-                         "(1 uses every token)")
-    if config.clip_low > 1:
-        raise InputError(f"--clip-low {config.clip_low}: must be at most 1, since ratios are positive")
-    if len(config.adam_betas) != 2 or not all(0 <= beta < 1 for beta in config.adam_betas):
-        raise InputError(f"--adam-betas {config.adam_betas}: give two numbers of at least 0 and below 1")
-    if config.prompt_format and (
-        config.prompt_format not in data.PROMPTS or Path(config.task).suffix in data.FILE_TYPES
-    ):
-        raise InputError(f"--prompt-format {config.prompt_format}: with a built-in task, one of "
-                         f"{', '.join(data.PROMPTS)}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu, or check the driver")
-    for name, choices in (("dtype", ("auto", "bfloat16", "float32")), ("device", ("auto", "cpu", "cuda"))):
-        if getattr(config, name) not in choices:
-            raise InputError(f"--{name} {getattr(config, name)}: use one of {', '.join(choices)}")
+
+    def require(names: str, holds, must: str) -> None:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise InputError(f"--{name.replace('_', '-')} {value}: {must}")
+
+    require("group_size", lambda x: x >= 2, "must be at least 2: answers are compared with one another")
+    require("train_examples cold_start_batch prompts_per_step max_new_tokens max_rows updates_per_batch "
+            "micro_batch_tokens eval_examples max_bad_steps", lambda x: x >= 1, "must be at least 1")
+    require("steps cold_start_steps cold_start_lr advantage_eps clip_high beta reference_every learning_rate "
+            "weight_decay max_grad_norm checkpointed_layers eval_every eval_samples save_every "
+            "keep_checkpoints", lambda x: 0 <= x < math.inf, "must be at least 0 and finite")
+    require("temperature loss_temperature memory_budget_gib", lambda x: 0 < x < math.inf,
+            "must be above 0 and finite")
+    require("clip_low", lambda x: 0 <= x <= 1, "must be at least 0 and at most 1, as ratios are positive")
+    require("top_entropy", lambda x: 0 < x <= 1, "must be above 0 and at most 1, which uses every token")
+    require("adam_betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+            "give two numbers of at least 0 and below 1")
+    require("dtype", lambda x: x in ("auto", "bfloat16", "float32"), "use auto, bfloat16 or float32")
+    require("device", lambda x: x in ("auto", "cpu", "cuda"), "use auto, cpu or cuda")
+    require("device", lambda x: x != "cuda" or torch.cuda.is_available(),
+            "torch sees no CUDA device; use --device cpu, or check the driver")
+    require("prompt_format", lambda x: x in data.PROMPTS and Path(config.task).suffix not in data.FILE_TYPES,
+            f"with a built-in task, use one of {', '.join(data.PROMPTS)}")
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def say(message: str = "") -> None:
+    print(message, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -637,17 +608,16 @@ def grpo_loss(
     return -(weights * surrogate).sum(), stats
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The update
 
 
 @dataclass
 class Lesson:
-    """An episode as the update sees it: n completion tokens, of which `counts` selects the m for the loss."""
+    """An episode as the update sees it: m of its n completion tokens count in the loss."""
 
     prompt: list[int]
     completion: list[int]
-    counts: Tensor  # bool[n]
+    counted: Tensor  # int64[m]: which of the completion's tokens, from 0
     advantage: float
     weight: float
     old_logprobs: Tensor | None = None  # [m]
@@ -657,152 +627,150 @@ class Lesson:
         return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
 
 
+def make_lessons(episodes: list[Episode], config: Config) -> list[Lesson]:
+    """What is to be learned from episodes that have their advantages.
+
+    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, the
+    episodes of groups without spread are dropped: their gradient is zero.
+    """
+    lengths = torch.tensor([len(e.completion.ids) for e in episodes])
+    weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
+    entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
+    masks = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
+    return [
+        Lesson(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), e.advantage, weight)
+        for e, mask, weight in zip(episodes, masks, weights)
+        if (e.advantage != 0 or config.beta > 0) and mask.any()
+    ]
+
+
 def lesson_logprobs(
     policy, lessons: list[Lesson], temperature: float, checkpointed_layers: int | None = 0
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) of the tokens that count, one lesson after the other.
 
     Rows are padded on the right without an attention mask: attention is causal, so no real token sees the
-    padding.
+    padding. Only tokens that count reach the head.
     """
-    device = policy.head.device
+    device, learning = policy.head.device, torch.is_grad_enabled()
     ids = torch.zeros(len(lessons), max(map(len, lessons)), dtype=torch.long)
     rows, columns, targets = [], [], []
     for row, lesson in enumerate(lessons):
-        tokens = torch.tensor(lesson.prompt + lesson.completion)
-        ids[row, : len(lesson)] = tokens[:-1]
-        counted = lesson.counts.nonzero().squeeze(1)
-        rows.append(torch.full_like(counted, row))
-        columns.append(counted + len(lesson.prompt) - 1)  # the position before a token predicts it
-        targets.append(tokens[len(lesson.prompt) :][counted])
+        ids[row, : len(lesson)] = torch.tensor((lesson.prompt + lesson.completion)[:-1])
+        rows.append(torch.full_like(lesson.counted, row))
+        columns.append(lesson.counted + len(lesson.prompt) - 1)  # the position before a token predicts it
+        targets.append(torch.tensor(lesson.completion)[lesson.counted])
     rows, columns, targets = (torch.cat(x).to(device) for x in (rows, columns, targets))
-    with memory.checkpoint_layers(policy.model, checkpointed_layers if torch.is_grad_enabled() else 0):
+    with memory.checkpoint_layers(policy.model, checkpointed_layers if learning else 0):
         hidden = policy.backbone(ids.to(device), use_cache=False).last_hidden_state
         # The head's gradient goes straight into head.grad: one tensor of its size less.
         return memory.token_logprobs(
-            hidden[rows, columns], policy.head, targets, temperature, into_weight_grad=torch.is_grad_enabled()
+            hidden[rows, columns], policy.head, targets, temperature, into_weight_grad=learning
         )
 
 
-def in_micro_batches(
-    lessons: list[Lesson], plan: memory.MemoryPlan, work, start_over, progress=None
-) -> float:
-    """Call work(lessons of a micro-batch) until all are through; returns the share of padding.
-
-    When the GPU's memory runs out, `start_over()` undoes what was done and micro-batches of half the size are
-    tried.
-    """
-    lengths = [len(lesson) for lesson in lessons]
+def within_memory(attempt, plan, setting: str, least: int, start_over=lambda: None):
+    """attempt()'s result; when the GPU's memory runs out, start_over() and again with half the `setting`."""
     while True:
         try:
-            batches = memory.micro_batches(lengths, plan.micro_batch_tokens)
-            for batch in batches:
-                work([lessons[i] for i in batch])
-                if progress is not None:
-                    progress.update(len(batch))
-            return 1 - sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+            return attempt()
         except torch.OutOfMemoryError as error:
-            if plan.micro_batch_tokens <= max(lengths):
+            if getattr(plan, setting) <= least:
                 raise memory.DoesNotFit(
-                    "out of memory in an update with one answer at a time; try --offload-optimizer, a "
-                    f"shorter --max-new-tokens or a smaller --model. The plan was:\n{plan.table()}"
+                    f"out of memory with {setting.replace('_', ' ')} at {least}, the least; try a shorter "
+                    "--max-new-tokens, --offload-optimizer or a smaller --model. The plan was:\n"
+                    + plan.table()
                 ) from error
-        # Outside the handler, because the exception holds on to the failed pass's tensors.
-        plan.micro_batch_tokens = max(plan.micro_batch_tokens // 2, max(lengths))
-        warn(f"out of memory; doing the update again with micro-batches of {plan.micro_batch_tokens} tokens")
+        # Outside the handler, because the exception holds on to the failed attempt's tensors.
+        setattr(plan, setting, max(getattr(plan, setting) // 2, least))
+        warn(f"out of memory; again with {setting.replace('_', ' ')} at {getattr(plan, setting)}")
         start_over()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def make_lessons(episodes: list[Episode], config: Config) -> list[Lesson]:
-    """What is to be learned from the step's episodes (to be skipped, truncated ones are gone already).
+def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=None) -> float:
+    """Call work(lessons of a micro-batch) until all are through; returns the share of padding."""
+    lengths = [len(lesson) for lesson in lessons]
 
-    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, the
-    episodes of groups without spread are dropped: their gradient is zero.
-    """
-    lengths = torch.tensor([len(episode.completion.ids) for episode in episodes])
-    weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
-    entropies = torch.tensor([entropy for episode in episodes for entropy in episode.completion.entropies])
-    counts = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
-    return [
-        Lesson(episode.prompt, episode.completion.ids, count, episode.advantage, weight)
-        for episode, count, weight in zip(episodes, counts, weights)
-        if (episode.advantage != 0 or config.beta > 0) and count.any()
-    ]
+    def attempt() -> float:
+        batches = memory.micro_batches(lengths, plan.micro_batch_tokens)
+        for batch in batches:
+            work([lessons[i] for i in batch])
+            if progress is not None:
+                progress.update(len(batch))
+        return 1 - sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    return within_memory(attempt, plan, "micro_batch_tokens", max(lengths), start_over)
 
 
 def update(
     policy, reference, optimizer, lessons: list[Lesson], config: Config, plan, progress=None
 ) -> dict[str, float]:
-    """`updates_per_batch` optimizer steps on one batch of lessons; returns the update's metrics.
+    """`updates_per_batch` optimizer steps on one batch of lessons; returns metrics: means over the updates,
+    and with several of them `updates`, one record each.
 
     Old log-probabilities (several updates only) and the reference's come from the very code that computes the
     current ones, before the first update. A gradient that is not finite changes nothing.
     """
     temperature = config.loss_temperature or config.temperature
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    tokens = sum(len(lesson.counted) for lesson in lessons)
+    sums: dict[str, Tensor] = {}
 
     def store_logprobs(name: str) -> None:
         @torch.no_grad()
-        def work(batch: list[Lesson]) -> None:
+        def store(batch: list[Lesson]) -> None:
             logprobs, _ = lesson_logprobs(policy, batch, temperature)
-            for lesson, part in zip(batch, logprobs.split([int(lesson.counts.sum()) for lesson in batch])):
+            for lesson, part in zip(batch, logprobs.split([len(lesson.counted) for lesson in batch])):
                 setattr(lesson, name, part)
 
-        in_micro_batches(lessons, plan, work, start_over=lambda: None)
-
-    if config.updates_per_batch > 1:
-        store_logprobs("old_logprobs")
-    if reference is not None:
-        with reference.swapped_in():
-            store_logprobs("ref_logprobs")
-
-    tokens = sum(int(lesson.counts.sum()) for lesson in lessons)
-    metrics = {"loss": 0.0, "kl": None, "clip_fraction": None, "grad_norm": None, "padding_share": None,
-               "bad_updates": 0}
-    sums: dict[str, Tensor] = {}
+        in_micro_batches(lessons, plan, store, start_over=lambda: None)
 
     def learn(batch: list[Lesson]) -> None:
         logprobs, _ = lesson_logprobs(policy, batch, temperature, plan.checkpointed_layers)
-        repeats = torch.tensor([int(lesson.counts.sum()) for lesson in batch])
+        repeats = torch.tensor([len(lesson.counted) for lesson in batch])
         advantages, weights = (
-            torch.tensor([getattr(lesson, name) for lesson in batch])
-            .repeat_interleave(repeats).to(logprobs.device) for name in ("advantage", "weight")
+            torch.tensor([getattr(lesson, name) for lesson in batch]).repeat_interleave(repeats)
+            .to(logprobs.device) for name in ("advantage", "weight")
         )
-        old, ref = (
-            torch.cat([getattr(lesson, name) for lesson in batch])
-            if getattr(batch[0], name) is not None else None for name in ("old_logprobs", "ref_logprobs")
-        )
+        old = torch.cat([x.old_logprobs for x in batch]) if config.updates_per_batch > 1 else None
+        ref = torch.cat([x.ref_logprobs for x in batch]) if reference is not None else None
         loss, stats = grpo_loss(
             logprobs, advantages, weights, old, ref, config.clip_low, config.clip_high, config.beta
         )
         loss.backward()
-        share = len(logprobs) / tokens
-        for name, value in [("loss", loss.detach())] + [
-            (name, share * value) for name, value in stats.items()
-        ]:
+        share = len(logprobs) / tokens  # the loss is a sum, its statistics are means
+        for name, value in {"loss": loss.detach(), **{k: share * v for k, v in stats.items()}}.items():
             sums[name] = sums.get(name, 0) + value
 
     def start_over() -> None:
         optimizer.zero_grad(set_to_none=True)
         sums.clear()
 
+    if config.updates_per_batch > 1:
+        store_logprobs("old_logprobs")
+    if reference is not None:
+        with reference.swapped_in():
+            store_logprobs("ref_logprobs")
+    records = []
     for _ in range(config.updates_per_batch):
-        sums.clear()
         if progress is not None:
             progress.reset(total=len(lessons))
-        metrics["padding_share"] = in_micro_batches(lessons, plan, learn, start_over, progress)
-        norm = float(memory.clip_gradients(parameters, config.max_grad_norm or None))
-        if math.isfinite(norm):
+        padding_share = in_micro_batches(lessons, plan, learn, start_over, progress)
+        sums["grad_norm"] = memory.clip_gradients(parameters, config.max_grad_norm or None)
+        records.append({name: float(value) for name, value in sums.items()})
+        if math.isfinite(records[-1]["grad_norm"]):
             optimizer.step()
-        else:
-            metrics["bad_updates"] += 1
-        optimizer.zero_grad(set_to_none=True)
-        metrics["grad_norm"] = norm
-        metrics.update({name: float(value) for name, value in sums.items()})
+        start_over()
+    metrics = {"padding_share": padding_share, "updates": None,
+               "bad_updates": sum(not math.isfinite(record["grad_norm"]) for record in records)}
     # JSON has no NaN.
-    return {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}
+    records = [{k: x if math.isfinite(x) else None for k, x in record.items()} for record in records]
+    for name in ("loss", "kl", "clip_fraction", "grad_norm"):
+        values = [record[name] for record in records if record.get(name) is not None]
+        metrics[name] = sum(values) / len(values) if values else None
+    return metrics | ({"updates": records} if len(records) > 1 else {})
 
 
 def cold_start(policy, optimizer, examples: list[dict], config: Config, plan, rng: random.Random) -> None:
@@ -810,37 +778,35 @@ def cold_start(policy, optimizer, examples: list[dict], config: Config, plan, rn
 
     It is GRPO's loss with every advantage 1 and the weights of "token".
     """
-    eos = policy.tokenizer.eos_token_id
-    demonstrations = []
-    for _ in range(config.cold_start_steps):
+    settings = dataclasses.replace(
+        config, updates_per_batch=1, beta=0.0, loss_temperature=1.0, max_grad_norm=1.0
+    )
+    encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
+    steps = config.cold_start_steps
+    for step in tqdm(range(steps), "cold start", leave=False, disable=not sys.stderr.isatty()):
         batch = [rng.choice(examples) for _ in range(config.cold_start_batch)]
-        texts = [data.demonstration(example, rng) for example in batch]
-        demonstrations.append([
-            (e["prompt_ids"], policy.tokenizer(t, add_special_tokens=False).input_ids + [eos])
-            for e, t in zip(batch, texts)
-        ])
-    for step, pairs in enumerate(
-        tqdm(demonstrations, "cold start", leave=False, disable=not sys.stderr.isatty())
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = config.cold_start_lr * (1 - step / config.cold_start_steps)
-        total = sum(len(completion) for _, completion in pairs)
-        lessons = [Lesson(p, c, torch.ones(len(c), dtype=torch.bool), 1.0, 1 / total) for p, c in pairs]
-        settings = dataclasses.replace(
-            config, updates_per_batch=1, beta=0.0, loss_temperature=1.0, max_grad_norm=1.0
-        )
+        answers = [encode(data.demonstration(e, rng)) + [policy.tokenizer.eos_token_id] for e in batch]
+        weight = 1 / sum(map(len, answers))
+        lessons = [
+            Lesson(e["prompt_ids"], answer, torch.arange(len(answer)), advantage=1.0, weight=weight)
+            for e, answer in zip(batch, answers)
+        ]
+        set_learning_rate(optimizer, config.cold_start_lr * (1 - step / steps))
         update(policy, None, optimizer, lessons, settings, plan)
+
+
+def set_learning_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate(
-    policy, examples: list[dict], scoring: dict, samples: int, config: Config, plan, generator
-) -> dict:
-    """Greedy accuracy on held-out examples, pass@k of k = `samples` sampled answers (0: none), and the first
-    three greedy answers to show."""
+def evaluate(policy, examples: list[dict], scoring: dict, config: Config, plan, generator) -> dict:
+    """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
+    first three greedy answers to show."""
     settings = {
         "max_new_tokens": config.max_new_tokens, "eos_token_id": policy.stops,
         "pad_token_id": policy.pad_token_id, "max_rows": plan.max_rows, "generator": generator, **scoring,
@@ -848,9 +814,9 @@ def evaluate(
     greedy = rollout(policy.model, policy.tokenizer, examples, temperature=0.0, **settings)
     result = {"accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
     result["shown"] = [(last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
-    if samples:
+    if config.eval_samples:
         drawn = rollout(policy.model, policy.tokenizer, examples, temperature=config.temperature,
-                        group_size=samples, **settings)
+                        group_size=config.eval_samples, **settings)
         result["pass_at_k"] = len({e.group for e in drawn if is_solved(e)}) / len(examples)
     return result
 
@@ -864,6 +830,8 @@ def last_request(prompt: str | list[dict]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------
 # The run's files
+
+STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder, written last: with it, it is whole
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
@@ -886,7 +854,7 @@ def save_model(policy, folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state" / "state.pt").is_file()]
+    found = [p for p in folder.glob("checkpoint-*") if (p / STATE).is_file()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
@@ -901,8 +869,8 @@ def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
         save_model(policy, partial)
-        (partial / "trainer_state").mkdir()
-        torch.save(state, partial / "trainer_state" / "state.pt")
+        (partial / STATE).parent.mkdir()
+        torch.save(state, partial / STATE)
         for path in [*partial.rglob("*"), partial]:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
@@ -925,7 +893,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path:
     if resume == "latest":
         every = [c for run in Path(output_dir).glob("*") for c in checkpoints(run)[-1:]]
         found = max(every, key=lambda c: c.stat().st_mtime, default=None)
-    elif (place / "trainer_state" / "state.pt").is_file():
+    elif (place / STATE).is_file():
         found = place
     else:
         found = next(reversed(checkpoints(place)), None)
@@ -967,7 +935,7 @@ def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str
     for e in episodes:
         groups.setdefault(e.group, set()).add(e.advantage)
     entropies = [entropy for e in episodes for entropy in e.completion.entropies if math.isfinite(entropy)]
-    numbers = ("loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates")
+    numbers = ("loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates", "updates")
     return {
         "step": step,
         "reward": mean([e.reward for e in episodes]),
@@ -1019,12 +987,29 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
 # What a person sees
 
 
-def warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+def say_what_runs(config, device, dtype, policy, examples, heldout, weights) -> None:
+    """The header: what was chosen, and how to choose otherwise."""
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    say(f"recipe {config.recipe} on {device}, {str(dtype).removeprefix('torch.')} "
+        "(choose otherwise with --recipe and --device)")
+    say(f"model  {config.model}, {parameters / 1e6:.1f} M parameters")
+    say(f"task   {config.task}, {len(examples)} examples to train on, {len(heldout)} held out")
+    say(f"reward {' + '.join(f'{weight:g} x {name}' for name, weight in weights.items())}")
+    if policy.tokenizer.chat_template is None and isinstance(examples[0]["prompt"], list):
+        warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
 
 
-def say(message: str = "") -> None:
-    print(message, flush=True)
+def show_step(bar: tqdm, record: dict, steps: int) -> None:
+    """On a terminal the bar's numbers, elsewhere (a log file) a plain line."""
+    shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
+             "length": f"{record['completion_length']:.1f}"}
+    bar.set_postfix(shown)
+    if bar.disable:
+        say(f"step {record['step']}/{steps} {' '.join(f'{k} {v}' for k, v in shown.items())} "
+            f"{record['seconds']:.2f} s" + (f" ({record['skipped']})" if record["skipped"] else ""))
+    if record["bad_updates"]:
+        warn(f"step {record['step']}: loss, gradient or probabilities are not finite; that update changed "
+             "no weight")
 
 
 def side_by_side(before: list, after: list) -> str:
@@ -1107,6 +1092,7 @@ def open_policy(name: str, config: Config, device: str, dtype: torch.dtype) -> P
     declared = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    memory.sum_gradients_in_fp32(model.parameters())
     return Policy(model, tokenizer, backbone, head, sorted(stops), pad)
 
 
@@ -1134,31 +1120,20 @@ def peak_memory(device: str) -> int:
 
 
 def new_optimizer(policy: Policy, lr: float, weight_decay: float, config: Config) -> memory.AdamW8bit:
-    # 8 bits save memory on large matrices; on the embedded policy's they would only cost time on a CPU.
     return memory.AdamW8bit(
         policy.model.parameters(), lr=lr, betas=tuple(config.adam_betas), eps=1e-8, weight_decay=weight_decay,
-        offload=config.offload_optimizer, min_8bit_size=2**16,
+        offload=config.offload_optimizer,
     )
 
 
-def sample_within_memory(policy, prompts: list[dict], sampling: dict, plan, progress) -> list[Episode]:
-    """A step's rollout; when the GPU's memory runs out, the same again with half as many rows at a time."""
-    while True:
-        try:
-            progress.reset(total=len(prompts) * sampling["group_size"])
-            return rollout(
-                policy.model, policy.tokenizer, prompts, progress=progress, max_rows=plan.max_rows, **sampling
-            )
-        except torch.OutOfMemoryError as error:
-            if plan.max_rows <= 1:
-                raise memory.DoesNotFit(
-                    "out of memory while sampling one answer at a time; try a shorter --max-new-tokens or a "
-                    f"smaller --model. The plan was:\n{plan.table()}"
-                ) from error
-        plan.max_rows //= 2
-        warn(f"out of memory; sampling again with {plan.max_rows} rows at a time")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def sample_within_memory(policy, examples: list[dict], sampling: dict, plan, progress) -> list[Episode]:
+    """A step's rollout, with as many rows at a time as the memory allows."""
+    def attempt() -> list[Episode]:
+        progress.reset(total=len(examples) * sampling["group_size"])
+        return rollout(policy.model, policy.tokenizer, examples, progress=progress, max_rows=plan.max_rows,
+                       **sampling)
+
+    return within_memory(attempt, plan, "max_rows", 1)
 
 
 class StopRequest:
@@ -1182,6 +1157,53 @@ class StopRequest:
         warn("stopping after this step; a second time stops at once")
 
 
+@dataclass
+class Run:
+    """What changes from step to step, and so what a checkpoint holds beside the policy's weights."""
+
+    optimizer: memory.AdamW8bit
+    reference: memory.ReferencePolicy | None
+    generator: torch.Generator  # the sampler draws from it
+    shuffle: random.Random  # orders the examples
+    before: dict  # the evaluation before the first step
+    step: int = 0
+    bad_steps: int = 0  # in a row
+    order: list[int] = field(default_factory=list)  # examples still to come in this pass over them
+    evaluations: list[dict] = field(default_factory=list)  # step, accuracy, pass@k
+
+    def next_examples(self, examples: list[dict], count: int) -> list[dict]:
+        """The step's examples: pass after pass over all of them, each in a new order."""
+        while len(self.order) < count:
+            self.order += self.shuffle.sample(range(len(examples)), len(examples))
+        chosen, self.order = self.order[:count], self.order[count:]
+        return [examples[i] for i in chosen]
+
+    def note(self, evaluation: dict) -> None:
+        self.evaluations.append({"step": self.step, **{k: evaluation[k] for k in ("accuracy", "pass_at_k")}})
+
+    def state_dict(self) -> dict:
+        """Numbers, text and tensors only, so that it loads with weights_only=True: it can't run code."""
+        version, numbers, gauss = self.shuffle.getstate()
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "reference": self.reference.state_dict() if self.reference else None,
+            "sampling_random": self.generator.get_state(), "torch_random": torch.get_rng_state(),
+            "shuffle_random": [version, list(numbers), gauss], "before": self.before, "step": self.step,
+            "bad_steps": self.bad_steps, "order": self.order, "evaluations": self.evaluations,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.reference:
+            self.reference.load_state_dict(state["reference"])
+        self.generator.set_state(state["sampling_random"])
+        torch.set_rng_state(state["torch_random"])
+        version, numbers, gauss = state["shuffle_random"]
+        self.shuffle.setstate((version, tuple(numbers), gauss))
+        for name in ("before", "step", "bad_steps", "order", "evaluations"):
+            setattr(self, name, state[name])
+
+
 def train(config: Config) -> dict:
     """One run, start to end; returns its summary, which is also written to summary.json.
 
@@ -1192,17 +1214,21 @@ def train(config: Config) -> dict:
     transformers.utils.logging.disable_progress_bar()  # the bars are ours
     check_config(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    dtype_name = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
-    dtype = getattr(torch, dtype_name)
+    automatic = "bfloat16" if device == "cuda" else "float32"
+    dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
     checkpoint = find_checkpoint(config.resume, config.output_dir) if config.resume else None
     folder = Path(config.output_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if checkpoint:
         folder = checkpoint.parent
     elif folder.exists() and not config.eval_only:
         raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not config.eval_only and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise InputError(f"--output-dir {config.output_dir}: {nearest} can't be written to; choose another")
     torch.manual_seed(config.seed)
     generator = torch.Generator(device).manual_seed(config.seed)
-    shuffle = random.Random(config.seed)
+    if device == "cpu":
+        memory.keep_freed_memory()
 
     # The parts: rewards, examples, policy, and what all of it will take.
     scoring = {"weights": rewards.parse_rewards(config.reward)}
@@ -1217,63 +1243,42 @@ def train(config: Config) -> dict:
             config.reward_model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
         )
     longest = tokenize(policy, examples + heldout, config.max_new_tokens)
-    budget = (
-        config.memory_budget_gib * 2**30 if config.memory_budget_gib else memory.detect_budget_bytes(device)
-    )
+    given = config.memory_budget_gib
     plan = memory.plan(
         policy.model.config, prompt_tokens=longest, max_new_tokens=config.max_new_tokens, dtype=dtype,
         prompts=config.prompts_per_step, group_size=config.group_size, reference=config.beta > 0,
-        memory_budget_bytes=int(budget), offload_optimizer=config.offload_optimizer,
-        top_entropy=config.top_entropy, updates_per_batch=config.updates_per_batch, max_rows=config.max_rows,
-        micro_batch_tokens=config.micro_batch_tokens, checkpointed_layers=config.checkpointed_layers,
+        memory_budget_bytes=int(given * 2**30) if given else memory.detect_budget_bytes(device),
+        offload_optimizer=config.offload_optimizer, top_entropy=config.top_entropy, max_rows=config.max_rows,
+        updates_per_batch=config.updates_per_batch, micro_batch_tokens=config.micro_batch_tokens,
+        checkpointed_layers=config.checkpointed_layers,
     )
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    say(f"recipe {config.recipe} on {device}, {dtype_name} (choose otherwise with --recipe and --device)")
-    say(f"model  {config.model}, {parameters / 1e6:.1f} M parameters")
-    say(f"task   {config.task}, {len(examples)} examples to train on, {len(heldout)} held out")
-    say(f"reward {' + '.join(f'{weight:g} x {name}' for name, weight in scoring['weights'].items())}")
+    say_what_runs(config, device, dtype, policy, examples, heldout, scoring["weights"])
     say(plan.table())
-    if policy.tokenizer.chat_template is None and isinstance(examples[0]["prompt"], list):
-        warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
 
     # Where the run stands: at its start, or where the checkpoint left it.
-    memory.sum_gradients_in_fp32(policy.model.parameters())
-    metrics: list[dict] = []
-    if checkpoint is None:
+    before, metrics = {}, []
+    if not checkpoint:
         if config.cold_start_steps and not config.eval_only:
             cold_start(policy, new_optimizer(policy, config.cold_start_lr, 0.0, config), examples, config,
                        plan, random.Random(config.seed))
-        before = evaluate(policy, heldout, scoring, config.eval_samples, config, plan, generator)
+        before = evaluate(policy, heldout, scoring, config, plan, generator)
         say(f"held-out accuracy before GRPO: {before['accuracy']:.3f}")
         if config.eval_only:
             return {"recipe": config.recipe, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}
-        state = {"step": 0, "before": before, "bad_steps": 0, "order": [],
-                 "evaluations": [{"step": 0, "accuracy": before["accuracy"]}]}
-        # Nothing is on disk before this line: a run that can't start leaves nothing behind.
-        folder.mkdir(parents=True)
-    optimizer = new_optimizer(policy, config.learning_rate, config.weight_decay, config)
-    reference = memory.ReferencePolicy(policy.model) if config.beta > 0 else None
+        folder.mkdir(parents=True)  # the first thing on disk: a run that can't start leaves nothing behind
+    run = Run(
+        new_optimizer(policy, config.learning_rate, config.weight_decay, config),
+        memory.ReferencePolicy(policy.model) if config.beta > 0 else None,
+        generator, random.Random(config.seed), before,
+    )
     if checkpoint:
-        state = torch.load(checkpoint / "trainer_state" / "state.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state["optimizer"])
-        if reference:
-            reference.load_state_dict(state["reference"])
-        generator.set_state(state["sampling_random"])
-        torch.set_rng_state(state["torch_random"])
-        version, numbers, gauss = state["shuffle_random"]
-        shuffle.setstate((version, tuple(numbers), gauss))
-        metrics = keep_lines_up_to(folder / "metrics.jsonl", state["step"])
-        keep_lines_up_to(folder / "samples.jsonl", state["step"])
-        say(f"resumed after step {state['step']} from {checkpoint}")
+        run.load_state_dict(torch.load(checkpoint / STATE, weights_only=True, map_location="cpu"))
+        metrics = keep_lines_up_to(folder / "metrics.jsonl", run.step)
+        keep_lines_up_to(folder / "samples.jsonl", run.step)
+        say(f"resumed after step {run.step} from {checkpoint}")
+    else:
+        run.note(before)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-    def save() -> None:
-        state.update(
-            config=dataclasses.asdict(config), optimizer=optimizer.state_dict(),
-            reference=reference.state_dict() if reference else None, sampling_random=generator.get_state(),
-            torch_random=torch.get_rng_state(), shuffle_random=list(shuffle.getstate()),
-        )
-        save_checkpoint(policy, state, folder, config.keep_checkpoints)
 
     sampling = {
         "group_size": config.group_size, "max_new_tokens": config.max_new_tokens,
@@ -1281,30 +1286,25 @@ def train(config: Config) -> dict:
         "generator": generator, **scoring,
     }
     warned: set[str] = set()
-    quiet = not sys.stderr.isatty()
-    bar = tqdm(range(state["step"] + 1, config.steps + 1), "GRPO", disable=quiet, total=config.steps,
-               initial=state["step"])
-    inner = tqdm(leave=False, disable=quiet, delay=2)
     stopped_by: int | str | None = None
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step, disable=quiet)
+    inner = tqdm(leave=False, disable=quiet, delay=2)
     with StopRequest() as stop:
         for step in bar:
             step_started = time.monotonic()
 
             # Sample and score.
-            while len(state["order"]) < config.prompts_per_step:
-                state["order"] += shuffle.sample(range(len(examples)), len(examples))
-            chosen, state["order"] = (
-                state["order"][: config.prompts_per_step], state["order"][config.prompts_per_step :]
-            )
-            episodes = sample_within_memory(policy, [examples[i] for i in chosen], sampling, plan, inner)
+            batch = run.next_examples(examples, config.prompts_per_step)
+            episodes = sample_within_memory(policy, batch, sampling, plan, inner)
             sampled = time.monotonic()
 
             # Advantages, among the answers that count.
             kept = [e for e in episodes if e.completion.finished or not config.skip_truncated]
             advantages = group_advantages(
                 torch.tensor([e.reward for e in kept], dtype=torch.float64),
-                torch.tensor([e.group for e in kept], dtype=torch.long), config.advantage_std,
-                config.advantage_eps,
+                torch.tensor([e.group for e in kept], dtype=torch.long),
+                config.advantage_std, config.advantage_eps,
             )
             for episode, advantage in zip(kept, advantages.tolist()):
                 episode.advantage = advantage
@@ -1314,25 +1314,22 @@ def train(config: Config) -> dict:
             rate = config.learning_rate
             if config.lr_schedule == "linear":
                 rate *= 1 - (step - 1) / config.steps
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(run.optimizer, rate)
             learned, skipped = {}, None
             if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
                 learned, skipped = {"bad_updates": 1}, "sampled probabilities are not finite"
             elif lessons:
-                learned = update(policy, reference, optimizer, lessons, config, plan, inner)
+                learned = update(policy, run.reference, run.optimizer, lessons, config, plan, inner)
             else:
-                skipped = "nothing to learn: " + (
-                    "no group with spread" if kept else "every answer truncated"
-                )
-            if reference is not None and config.reference_every and step % config.reference_every == 0:
-                reference.refresh()
-            state["step"] = step
-            state["bad_steps"] = state["bad_steps"] + 1 if learned.get("bad_updates") else 0
+                why = "no group with spread" if kept else "every answer truncated"
+                skipped = f"nothing to learn: {why}"
+            if run.reference and config.reference_every and step % config.reference_every == 0:
+                run.reference.refresh()
+            run.step = step
+            run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
 
             # Log.
-            record = step_metrics(step, episodes, learned, skipped, rate)
-            record |= {
+            record = step_metrics(step, episodes, learned, skipped, rate) | {
                 "sampling_tokens_per_second":
                     sum(len(e.completion.ids) for e in episodes) / (sampled - step_started),
                 "update_tokens_per_second": sum(map(len, lessons)) / (time.monotonic() - sampled),
@@ -1342,60 +1339,46 @@ def train(config: Config) -> dict:
             metrics.append(record)
             append_lines(folder / "metrics.jsonl", [record])
             append_lines(folder / "samples.jsonl", sample_records(step, episodes))
-            shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
-                     "length": f"{record['completion_length']:.1f}"}
-            bar.set_postfix(shown)
-            if quiet:
-                say(f"step {step}/{config.steps} "
-                    + " ".join(f"{name} {value}" for name, value in shown.items())
-                    + f" {record['seconds']:.2f} s" + (f" ({skipped})" if skipped else ""))
-            if learned.get("bad_updates"):
-                warn(f"step {step}: loss, gradient or probabilities are not finite; no weight was changed")
+            show_step(bar, record, config.steps)
             warn_of_trouble(metrics, warned)
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                result = evaluate(policy, heldout, scoring, config.eval_samples, config, plan, generator)
-                state["evaluations"].append(
-                    {"step": step, "accuracy": result["accuracy"], "pass_at_k": result["pass_at_k"]}
-                )
-                tqdm.write(f"step {step}: held-out accuracy {result['accuracy']:.3f}")
 
-            # Save.
-            if state["bad_steps"] >= config.max_bad_steps:
-                stopped_by = "bad steps"
-            elif stop.signal is not None:
-                stopped_by = stop.signal
-            if stopped_by or (config.save_every and step % config.save_every == 0):
-                save()
-            if stopped_by:
+            # Evaluate and save.
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                result = evaluate(policy, heldout, scoring, config, plan, generator)
+                run.note(result)
+                tqdm.write(f"step {step}: held-out accuracy {result['accuracy']:.3f}")
+            stopped_by = "bad steps" if run.bad_steps >= config.max_bad_steps else stop.signal
+            if stopped_by is not None or (config.save_every and step % config.save_every == 0):
+                state = {"config": dataclasses.asdict(config), **run.state_dict()}
+                save_checkpoint(policy, state, folder, config.keep_checkpoints)
+            if stopped_by is not None:
                 break
     inner.close()
     bar.close()
 
-    before = state["before"]
-    summary = {
-        "recipe": config.recipe, "accuracy_before": before["accuracy"], "accuracy_after": None,
-        "steps": state["step"], "seconds": 0.0, "peak_memory_bytes": 0,
-        "pass_at_k_before": before["pass_at_k"], "pass_at_k_after": None, "evaluations": state["evaluations"],
-        "stopped_by": stopped_by,
-    }
+    after = {"accuracy": None, "pass_at_k": None}
     if stopped_by is None:
-        after = evaluate(policy, heldout, scoring, config.eval_samples, config, plan, generator)
-        summary |= {"accuracy_after": after["accuracy"], "pass_at_k_after": after["pass_at_k"]}
-        state["evaluations"].append({"step": state["step"], "accuracy": after["accuracy"]})
+        after = evaluate(policy, heldout, scoring, config, plan, generator)
+        run.note(after)
         try:
             save_model(policy, folder / "final")
         except (OSError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder / 'final'} can't be written ({error}); make room, "
                              f"then --resume {folder}") from error
     if metrics:
-        draw_curves(metrics, state["evaluations"], folder / "curves.png")
-    summary |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(device)}
+        draw_curves(metrics, run.evaluations, folder / "curves.png")
+    summary = {
+        "recipe": config.recipe, "accuracy_before": run.before["accuracy"],
+        "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory(device), "pass_at_k_before": run.before["pass_at_k"],
+        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
+    }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if stopped_by is None:
-        say(side_by_side(before["shown"], after["shown"]))
+        say(side_by_side(run.before["shown"], after["shown"]))
         say(report(summary, config, folder))
     else:
-        say(f"stopped after step {state['step']} ({stopped_by}); go on with --resume {folder}")
+        say(f"stopped after step {run.step} ({stopped_by}); go on with --resume {folder}")
     return summary
 
 
@@ -1411,7 +1394,7 @@ MAY_CHANGE = {
 
 def resumed_settings(resume: str, output_dir: str) -> dict:
     """The settings that a checkpoint was made with."""
-    state = find_checkpoint(resume, output_dir) / "trainer_state" / "state.pt"
+    state = find_checkpoint(resume, output_dir) / STATE
     return torch.load(state, weights_only=True, map_location="cpu", mmap=True)["config"]
 
 

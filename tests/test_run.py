@@ -1,5 +1,6 @@
 """Whole runs: what is printed, what is on disk, what is refused."""
 
+import gc
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,9 @@ import grpo_scratch as g
 SCRIPT = Path(g.__file__)
 METRICS = {
     "step", "reward", "accuracy", "completion_length", "truncated_fraction", "groups_without_spread",
-    "entropy", "loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates", "learning_rate",
-    "skipped", "sampling_tokens_per_second", "update_tokens_per_second", "seconds", "peak_memory_bytes",
+    "entropy", "loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates", "updates",
+    "learning_rate", "skipped", "sampling_tokens_per_second", "update_tokens_per_second", "seconds",
+    "peak_memory_bytes",
 }
 
 
@@ -329,8 +332,52 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsy
     assert "can't be written" in capsys.readouterr().err
 
 
+def test_metrics_can_be_read_at_any_moment(tmp_path):
+    """Another process reads while lines are added: what ends in a newline is whole, and nothing is missing."""
+    path = tmp_path / "metrics.jsonl"
+    g.append_lines(path, [{"step": 0}])
+    reader = subprocess.Popen([sys.executable, "-c", (
+        "import json, sys, pathlib\n"
+        "seen = set()\n"
+        "while not seen or max(seen) < 400:\n"
+        "    text = pathlib.Path(sys.argv[1]).read_text()\n"
+        "    steps = [json.loads(line)['step'] for line in text.split('\\n')[:-1]]\n"
+        "    assert steps == list(range(len(steps))), steps\n"
+        "    seen.add(steps[-1])\n"
+        "print(len(seen))\n"
+    ), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for step in range(1, 401):
+        g.append_lines(path, [{"step": step, "much": "x" * (step * 97 % 3000)}])
+        time.sleep(0.002)
+    out, err = reader.communicate(timeout=60)
+    assert reader.returncode == 0, err
+    assert int(out) > 5  # it looked several times while lines were being added
+
+
+def test_memory_does_not_grow_over_300_steps(tmp_path, monkeypatch):
+    seen = {}
+
+    def resident_and_tensor_bytes():
+        gc.collect()
+        tensors = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                   for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize(), sum(tensors.values())
+
+    def log(step, *args):
+        if step in (30, 300):
+            seen[step] = resident_and_tensor_bytes()
+        return real(step, *args)
+
+    real = g.step_metrics
+    monkeypatch.setattr(g, "step_metrics", log)
+    g.train(quick(tmp_path, steps=300, beta=0.04, reference_every=20, eval_every=100))
+    for early, late in zip(seen[30], seen[300]):
+        assert late <= 1.05 * early
+
+
 def test_numbers_that_go_wrong_stop_the_run_with_its_last_good_state(tmp_path, capsys):
-    summary = g.train(quick(tmp_path, steps=30, learning_rate=1e38, skip_truncated=False, max_bad_steps=3,
+    summary = g.train(quick(tmp_path, steps=30, learning_rate=1e30, skip_truncated=False, max_bad_steps=3,
                             cold_start_steps=20, cold_start_lr=3e-3, max_new_tokens=24))
     assert summary["stopped_by"] == "bad steps"
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
