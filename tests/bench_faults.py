@@ -24,11 +24,12 @@ NEW_RUN = ["--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0", "--
            "--eval-every", "0"]
 
 
-def start(arguments: list[str], small_disk: bool = False) -> subprocess.Popen:
+def start(arguments: list[str], small_disk: bool = False, ordinary_user: bool = False) -> subprocess.Popen:
     command = [sys.executable, str(SCRIPT), *arguments]
     if small_disk:  # no file may be over 1 MiB (2048 blocks): metrics fit, weights don't
         command = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", *command]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    user = 65534 if ordinary_user and os.geteuid() == 0 else None  # root may write everywhere
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, user=user)
 
 
 def until_step(process: subprocess.Popen) -> int | None:
@@ -90,12 +91,21 @@ def full_disk(folder: Path) -> tuple[int, str]:
 
 
 def no_permission(folder: Path) -> tuple[int, str]:
-    if os.geteuid() == 0:
-        return 0, "not tried: root may write everywhere"
+    """A folder that can't be written to from the start, and a run's own folder closed after a step."""
     (folder / "closed").mkdir(mode=0o500)
-    process = start([*NEW_RUN, "--steps", "2", "--output-dir", str(folder / "closed")])
+    folder.chmod(0o755)
+    (folder / "open").mkdir(mode=0o777)
+    (folder / "open").chmod(0o777)
+    process = start([*NEW_RUN, "--output-dir", str(folder / "closed")], ordinary_user=True)
     out = process.communicate()[0]
-    return int(process.returncode == 2), out.strip().splitlines()[-1][:80]
+    refused = process.returncode == 2 and "can't be written to" in out.splitlines()[-1]
+    process = start([*NEW_RUN, "--steps", "6", "--output-dir", str(folder / "open"), "--name", "run"],
+                    ordinary_user=True)
+    until_step(process)
+    (folder / "open" / "run").chmod(0o500)
+    out = process.communicate()[0]
+    went_on = "could not be saved" in out and "step 6/6" in out
+    return int(refused) + int(went_on), out.strip().splitlines()[-1][:80]
 
 
 def main() -> None:
@@ -109,7 +119,7 @@ def main() -> None:
             ("Ctrl-C (SIGINT)", 1, lambda: signalled(signal.SIGINT, 130, folder)),
             ("SIGTERM", 1, lambda: signalled(signal.SIGTERM, 143, folder)),
             ("disk full (file size limit)", 1, lambda: full_disk(folder)),
-            ("no permission to write", 1, lambda: no_permission(folder)),
+            ("no permission to write", 2, lambda: no_permission(folder)),
             ("kill -9 at a random moment", count, lambda: kills(count, folder)),
         ):
             survived, seen = attempt()
