@@ -12,6 +12,7 @@ Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mix
 
 import itertools
 import json
+import operator
 import random
 from collections.abc import Callable
 from fractions import Fraction
@@ -27,6 +28,13 @@ MINI_LARGEST = 30  # largest number of a mini-countdown problem; the embedded po
 
 class InputError(ValueError):
     """What the user gave can't be used; the message says what was given, what is allowed, what to type."""
+
+
+def cannot_load(what: str, error: Exception) -> InputError:
+    """The error to raise for one of those that datasets, transformers, the hub and the network each have."""
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return InputError(f"{what}: can't be loaded ({type(error).__name__}: {reason}); check the files in a "
+                      "local folder, or the id and the network for the hub")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,6 +121,9 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 # Countdown: reach the target from the given numbers, each used exactly once.
 
 
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
 def random_expression(numbers: list[int], operators: str, rng: random.Random) -> tuple[str, Fraction]:
     """A random expression over all `numbers` in random order, with few parentheses; its exact value.
 
@@ -122,14 +133,11 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
     while len(parts) > 1:
         rng.shuffle(parts)
         (left, a, left_binds), (right, b, right_binds) = parts.pop(), parts.pop()
-        operator = rng.choice([op for op in operators if op != "/" or b != 0])
-        binds = 1 if operator in "+-" else 2
-        value = (
-            a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*" else a / b
-        )
+        sign = rng.choice([sign for sign in operators if sign != "/" or b != 0])
+        binds = 1 if sign in "+-" else 2
         left = left if left_binds >= binds else f"({left})"
-        right = right if right_binds > binds or (right_binds == binds and operator in "+*") else f"({right})"
-        parts.append((f"{left} {operator} {right}", value, binds))
+        right = right if right_binds > binds or (right_binds == binds and sign in "+*") else f"({right})"
+        parts.append((f"{left} {sign} {right}", APPLY[sign](a, b), binds))
     return parts[0][0], parts[0][1]
 
 
@@ -144,8 +152,8 @@ def countdown_demonstration(example: dict, rng: random.Random) -> str:
     if len(nums) == 2:
         a, b = nums
         compared = f"{target} {'>' if target > a else '<' if target < a else '='} {a}, "
-        operator = rng.choice("++-*")
-        text, value = f"{a} {operator} {b}", a + b if operator == "+" else a - b if operator == "-" else a * b
+        sign = rng.choice("++-*")
+        text, value = f"{a} {sign} {b}", APPLY[sign](a, b)
     else:
         compared = ""
         text, value = random_expression(nums, "+-*/", rng)
@@ -196,7 +204,6 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], lis
 # Loading
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-HUB_DATASETS = {"countdown": None, "gsm8k": ("openai/gsm8k", "main")}
 
 
 def load_task(
@@ -240,6 +247,10 @@ def load_task(
     if prompt_format in PROMPTS:
         for example in train + heldout:
             example["prompt"] = PROMPTS[prompt_format](example)
+            if "reasoning" in example:  # gsm8k's solution, with the tags that its prompt asks for
+                parts = {"reasoning" if prompt_format == "gsm8k-reasoning" else "think": example["reasoning"],
+                         "answer": example["answer"]}
+                example["completion"] = "\n".join(f"<{tag}>{x}</{tag}>" for tag, x in parts.items())
     held = {example_key(example) for example in heldout}
     train = [example for example in train if example_key(example) not in held]
     if not train:
@@ -274,25 +285,23 @@ def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int)
     if len(heldout) < eval_examples:
         raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
                          "rows; lower it")
-    heldout = random.Random(seed).sample(heldout, eval_examples)
-    if "test" not in numbered:
-        held = {number for number, _ in heldout}
-        train = [(number, row) for number, row in train if number not in held]
-    return train, heldout
+    return train, random.Random(seed).sample(heldout, eval_examples)  # load_task takes them out of train
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """One JSON object a line; read here rather than by `datasets`, which can't say which line is bad."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: not an object but {line[:60]}; "
-                             "write {\"prompt\": ...}")
-        rows.append(row)
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error}); "
+                                 "write one object a line") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: not an object but {line.strip()[:60]}; "
+                                 "write {\"prompt\": ...}")
+            rows.append(row)
     return rows
 
 
@@ -318,11 +327,8 @@ def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
         else:
             splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
         return {name: split.to_list() for name, split in splits.items()}
-    except Exception as error:  # datasets, pyarrow, the hub and the network each have their own errors
-        raise InputError(
-            f"{source}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]}); give a "
-            "local file or folder with --dataset, or check the id and the network"
-        ) from error
+    except Exception as error:
+        raise cannot_load(source, error) from error
 
 
 def prepare_row(row: dict, task: str, where: str) -> dict:
@@ -340,8 +346,7 @@ def prepare_row(row: dict, task: str, where: str) -> dict:
                              f"####, not {str(solution)[:60]!r}")
         reasoning, answer = solution.rsplit("####", 1)
         answer = answer.strip().replace(",", "")
-        completion = f"<think>{reasoning.strip()}</think>\n<answer>{answer}</answer>"
-        return {"question": question, "answer": answer, "completion": completion}
+        return {"question": question, "answer": answer, "reasoning": reasoning.strip()}
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt:
         return row
@@ -440,14 +445,8 @@ def load_policy(
         policy = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # the hub, the network, safetensors and custom code each have their own errors
-        reason = str(error).strip().splitlines() or [""]
-        hint = (
-            "check the files in it" if folder.is_dir()
-            else "check the id and the network, or give a local folder"
-        )
-        raise InputError(f"--model {model}: can't be loaded ({type(error).__name__}: {reason[0][:200]}); "
-                         f"{hint}") from error
+    except Exception as error:
+        raise cannot_load(f"--model {model}", error) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could "
                          "ever end")
@@ -465,10 +464,8 @@ class RewardModel:
             self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=dtype, **options
             ).eval()
-        except Exception as error:  # as in load_policy
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
-            raise InputError(f"--reward-model {name}: can't be loaded ({type(error).__name__}: {reason}); "
-                             "check the id and the network, or give a local folder") from error
+        except Exception as error:
+            raise cannot_load(f"--reward-model {name}", error) from error
         if self.model.config.num_labels != 1:
             raise InputError(f"--reward-model {name}: has {self.model.config.num_labels} labels; use one "
                              "with a single label")

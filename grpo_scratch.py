@@ -4,9 +4,10 @@
     python grpo_scratch.py --model ./my-qwen --task mine.jsonl --reward my_rewards.py:reward
     python grpo_scratch.py --help
 
-The file reads in the order in which a step runs: sample, score, advantages, loss, update; then `train` and
-`main`. Left out on purpose: several GPUs, adapters (every weight is trained), and any sampling but by
-temperature, because top-p or top-k would draw from another distribution than the one the loss differentiates.
+The file reads in the order in which a step runs: sample, score, advantages, loss, update, evaluation; then a
+run's files and what a person sees; then `train`, where it all meets, and `main`. Left out on purpose: several
+GPUs, adapters (every weight is trained), and any sampling but by temperature, because top-p or top-k would
+draw from another distribution than the one the loss differentiates.
 """
 
 import argparse
@@ -23,9 +24,11 @@ import signal
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 # Idle threads of torch's OpenMP spin for milliseconds by default; on two cores of which one is busy, that
 # makes small operations tens of times slower. It counts from before torch is loaded.
@@ -97,7 +100,7 @@ class Config:
     )
     advantage_eps: float = flag(1e-6, "added to that standard deviation")
     skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens")
-    updates_per_batch: int = flag(1, "optimizer steps a batch; 1 is exactly on-policy and needs no ratio")
+    updates_per_batch: int = flag(1, "optimizer steps on each batch; 1 needs no ratio and no clip")
     clip_low: float = flag(0.2, "with several updates: the ratio is clipped below at 1 - this")
     clip_high: float = flag(0.2, "and above at 1 + this")
     beta: float = flag(0.0, "coefficient of the KL divergence from a reference policy; 0 needs none")
@@ -214,8 +217,10 @@ def check_config(config: Config) -> None:
     require("top_entropy", lambda x: 0 < x <= 1, "must be above 0 and at most 1, which uses every token")
     require("adam_betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
             "give two numbers of at least 0 and below 1")
-    require("dtype", lambda x: x in ("auto", "bfloat16", "float32"), "use auto, bfloat16 or float32")
-    require("device", lambda x: x in ("auto", "cpu", "cuda"), "use auto, cpu or cuda")
+    for f in dataclasses.fields(config):
+        if get_origin(f.type) is Literal:
+            choices = get_args(f.type)
+            require(f.name, lambda x, choices=choices: x in choices, f"use one of {', '.join(choices)}")
     require("device", lambda x: x != "cuda" or torch.cuda.is_available(),
             "torch sees no CUDA device; use --device cpu, or check the driver")
     require("prompt_format", lambda x: x in data.PROMPTS and Path(config.task).suffix not in data.FILE_TYPES,
@@ -370,10 +375,11 @@ def sample(
     rows = min(max_rows or total, total)
     # Some columns to spare, so that old ones are forgotten now and then, not at each step.
     spare = max_new_tokens // 2 if rows < total else 0
-    cache = RowCache(rows, longest + max_new_tokens + spare)
+    # In whole eights, by which CUDA's attention kernels want a mask's rows to be apart.
+    cache = RowCache(rows, math.ceil((longest + max_new_tokens + spare) / 8) * 8)
     cache.column = longest
-    hidden = torch.finfo(model.dtype).min
-    mask = torch.full((rows, cache.columns), hidden, dtype=model.dtype, device=device)  # added to the scores
+    blocked = torch.finfo(model.dtype).min
+    mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
     check_every = CHECK_EVERY.get(device.type, 1)
 
@@ -387,8 +393,8 @@ def sample(
     episode, token, position, start = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
     done = torch.ones(rows, dtype=torch.bool, device=device)
 
-    def record(where: Tensor, logits: Tensor) -> None:
-        """Choose and write down the next token of the rows `where`."""
+    def write_down(where: Tensor, logits: Tensor) -> None:
+        """Choose the next token of the rows `where` and keep it."""
         token[where], logprob, entropy = choose_tokens(logits, temperature, generator)
         who, stopped = episode[where], done[where]
         column = torch.where(stopped, max_new_tokens, lengths[who])
@@ -398,11 +404,12 @@ def sample(
         done[where] = stopped | finished[who] | (lengths[who] == max_new_tokens)
 
     admitted = 0
-    for step in range(10**9):
+    for step in itertools.count():
         if step % check_every == 0 or cache.column == cache.columns:
             busy = int((~done[: cache.live]).sum())
             waiting = total - admitted
-            if waiting and rows - busy >= min(waiting, max(1, rows // 8)):  # several: prefill in batches
+            # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
+            if waiting and rows - busy >= min(waiting, max(1, rows // 8)):
                 free = done.nonzero().squeeze(1)[:waiting]
                 chosen = torch.arange(admitted, admitted + len(free), device=device)
                 first = admitted // group_size
@@ -411,15 +418,16 @@ def sample(
                 source = chosen // group_size - first
                 cache.live = max(cache.live, int(free.max()) + 1)
                 cache.place(prefilled, source, free)
-                mask[free] = hidden
+                del prefilled  # its memory is the decoding's
+                mask[free] = blocked
                 mask[free, cache.column - visible.shape[1] : cache.column] = (
-                    torch.where(visible, 0, hidden)[source].to(mask.dtype)
+                    torch.where(visible, 0, blocked)[source].to(mask.dtype)
                 )
                 position[free] = visible.sum(1)[source]
                 start[free] = cache.column - position[free]
                 episode[free], done[free] = chosen, False
                 admitted += len(free)
-                record(free, logits[source])
+                write_down(free, logits[source])
                 continue
             if not busy:
                 break
@@ -433,6 +441,7 @@ def sample(
             if progress is not None:
                 progress.update(admitted - busy - progress.n)
         if cache.column == cache.columns:
+            # At least `longest` columns stay, so that any waiting prompt can end at the current one.
             unseen = min(int(start[~done].min()), cache.column - longest)
             mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
             cache.forget(unseen)
@@ -447,8 +456,8 @@ def sample(
             use_cache=True,
         ).logits[:, -1]
         cache.column += 1
-        position += 1
-        record(torch.arange(cache.live, device=device), logits)
+        position += ~done  # a finished row's would run past the context
+        write_down(torch.arange(cache.live, device=device), logits)
     return [
         Completion(i[:n], lp[:n], h[:n], done)
         for i, lp, h, n, done in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
@@ -534,7 +543,7 @@ def group_advantages(
     if std != "none":
         squares = total(centred**2)
         deviation = (squares / (count - int(std == "sample")).clamp(min=1)).sqrt()
-        centred = centred / (deviation + eps)[index]
+        centred = centred / (deviation + eps).clamp(min=1e-300)[index]  # 0 / 0 when eps is 0
     return torch.where(centred == 0, 0.0, centred).float()
 
 
@@ -608,6 +617,7 @@ def grpo_loss(
     return -(weights * surrogate).sum(), stats
 
 
+# ------------------------------------------------------------------------------------------------------------
 # The update
 
 
@@ -804,19 +814,31 @@ def set_learning_rate(optimizer, rate: float) -> None:
 # Evaluation
 
 
-def evaluate(policy, examples: list[dict], scoring: dict, config: Config, plan, generator) -> dict:
+def sample_within_memory(policy, examples: list[dict], sampling: dict, plan, progress=None) -> list[Episode]:
+    """A rollout with as many rows at a time as the memory allows."""
+    def attempt() -> list[Episode]:
+        if progress is not None:
+            progress.reset(total=len(examples) * sampling.get("group_size", 1))
+        return rollout(policy.model, policy.tokenizer, examples, progress=progress, max_rows=plan.max_rows,
+                       eos_token_id=policy.stops, pad_token_id=policy.pad_token_id, **sampling)
+
+    return within_memory(attempt, plan, "max_rows", 1)
+
+
+def evaluate(policy, examples: list[dict], scoring: dict, config: Config, plan) -> dict:
     """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
-    first three greedy answers to show."""
-    settings = {
-        "max_new_tokens": config.max_new_tokens, "eos_token_id": policy.stops,
-        "pad_token_id": policy.pad_token_id, "max_rows": plan.max_rows, "generator": generator, **scoring,
-    }
-    greedy = rollout(policy.model, policy.tokenizer, examples, temperature=0.0, **settings)
+    first three greedy answers to show. Draws from random numbers of its own: training never notices."""
+    greedy = sample_within_memory(
+        policy, examples, {"max_new_tokens": config.max_new_tokens, "temperature": 0.0, **scoring}, plan
+    )
     result = {"accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
     result["shown"] = [(last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
     if config.eval_samples:
-        drawn = rollout(policy.model, policy.tokenizer, examples, temperature=config.temperature,
-                        group_size=config.eval_samples, **settings)
+        drawn = sample_within_memory(policy, examples, {
+            "group_size": config.eval_samples, "max_new_tokens": config.max_new_tokens,
+            "temperature": config.temperature, **scoring,
+            "generator": torch.Generator(policy.head.device).manual_seed(config.seed),
+        }, plan)
         result["pass_at_k"] = len({e.group for e in drawn if is_solved(e)}) / len(examples)
     return result
 
@@ -831,7 +853,8 @@ def last_request(prompt: str | list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # The run's files
 
-STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder, written last: with it, it is whole
+STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
+PLANNED = ("max_rows", "micro_batch_tokens", "checkpointed_layers")  # what a checkpoint keeps of the plan
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
@@ -876,6 +899,7 @@ def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
             os.fsync(handle)
             os.close(handle)
         partial.rename(final)
+        shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
         if keep:
             for old in checkpoints(folder)[:-keep]:
                 # Renamed first, so that one half deleted is never taken for a checkpoint.
@@ -903,11 +927,26 @@ def find_checkpoint(resume: str, output_dir: str) -> Path:
     return found
 
 
+def set_aside_later_checkpoints(folder: Path, step: int) -> None:
+    """Rename the checkpoints that come after the one resumed: they belong to the course that was left."""
+    for later in checkpoints(folder):
+        if int(later.name.split("-")[1]) > step:
+            aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
+
+
 def keep_lines_up_to(path: Path, step: int) -> list[dict]:
     """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
     if not path.exists():
         return []
-    kept = [record for record in map(json.loads, path.read_text().splitlines()) if record["step"] <= step]
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # half a line, of a run that was killed here
+            break
+        if record["step"] <= step:
+            kept.append(record)
     beside = path.with_suffix(".partial")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
     beside.replace(path)
@@ -1030,14 +1069,12 @@ def side_by_side(before: list, after: list) -> str:
 
 def report(summary: dict, config: Config, folder: Path) -> str:
     """The table of accuracy before and after, and where the files are."""
-    rows = [("held-out accuracy (greedy)", summary["accuracy_before"], summary["accuracy_after"])]
-    if config.eval_samples:
-        rows.append(
-            (f"held-out pass@{config.eval_samples}", summary["pass_at_k_before"], summary["pass_at_k_after"])
-        )
-    lines = [
-        "", f"{'':<28}{'before':>8}{'after':>8}", *(f"{name:<28}{a:>8.3f}{b:>8.3f}" for name, a, b in rows)
-    ]
+    rows = {"held-out accuracy (greedy)": (summary["accuracy_before"], summary["accuracy_after"]),
+            f"held-out pass@{config.eval_samples}": (summary["pass_at_k_before"], summary["pass_at_k_after"])}
+    lines = ["", f"{'':<28}{'before':>8}{'after':>8}"]
+    for name, (before, after) in rows.items():
+        if None not in (before, after):  # pass@k is asked for, and may be from a resumed run's end on
+            lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
     return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/")])
 
@@ -1047,13 +1084,14 @@ def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -
     last = metrics[-patience:]
     if len(last) < patience:
         return
+    all_truncated = all(m["truncated_fraction"] == 1 for m in last)
     troubles = {
         "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
         "larger --group-size or --temperature, or a reward with more steps in it usually help":
-            all(m["groups_without_spread"] == 1 and m["truncated_fraction"] < 1 for m in last),
+            all(m["groups_without_spread"] == 1 for m in last) and not all_truncated,
         "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
         "--cold-start-steps to teach the form of an answer, usually help":
-            all(m["truncated_fraction"] == 1 for m in last),
+            all_truncated,
         "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
         "above 0 or a higher --temperature, from the start, usually help":
             all(m["entropy"] < 1e-3 for m in last),
@@ -1098,7 +1136,7 @@ def open_policy(name: str, config: Config, device: str, dtype: torch.dtype) -> P
 
 def tokenize(policy: Policy, examples: list[dict], max_new_tokens: int) -> int:
     """Put `prompt_ids` into each example; returns the longest's tokens. InputError if one leaves no room."""
-    context = policy.model.config.max_position_embeddings
+    context = policy.model.config.get_text_config().max_position_embeddings
     for example in examples:
         example["prompt_ids"] = data.encode_prompt(policy.tokenizer, example["prompt"])
         length = len(example["prompt_ids"])
@@ -1126,35 +1164,23 @@ def new_optimizer(policy: Policy, lr: float, weight_decay: float, config: Config
     )
 
 
-def sample_within_memory(policy, examples: list[dict], sampling: dict, plan, progress) -> list[Episode]:
-    """A step's rollout, with as many rows at a time as the memory allows."""
-    def attempt() -> list[Episode]:
-        progress.reset(total=len(examples) * sampling["group_size"])
-        return rollout(policy.model, policy.tokenizer, examples, progress=progress, max_rows=plan.max_rows,
-                       **sampling)
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once."""
+    asked: list[int] = []
 
-    return within_memory(attempt, plan, "max_rows", 1)
-
-
-class StopRequest:
-    """The first Ctrl-C or SIGTERM asks for an end after the step; the second one stops at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self):
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame) -> None:
-        if self.signal is not None:
+    def note(number: int, frame) -> None:
+        if asked:
             os._exit(128 + number)  # what is on disk is whole; no code of ours runs any more
-        self.signal = number
+        asked.append(number)
         warn("stopping after this step; a second time stops at once")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -1183,12 +1209,11 @@ class Run:
 
     def state_dict(self) -> dict:
         """Numbers, text and tensors only, so that it loads with weights_only=True: it can't run code."""
-        version, numbers, gauss = self.shuffle.getstate()
         return {
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
             "sampling_random": self.generator.get_state(), "torch_random": torch.get_rng_state(),
-            "shuffle_random": [version, list(numbers), gauss], "before": self.before, "step": self.step,
+            "shuffle_random": self.shuffle.getstate(), "before": self.before, "step": self.step,
             "bad_steps": self.bad_steps, "order": self.order, "evaluations": self.evaluations,
         }
 
@@ -1198,8 +1223,7 @@ class Run:
             self.reference.load_state_dict(state["reference"])
         self.generator.set_state(state["sampling_random"])
         torch.set_rng_state(state["torch_random"])
-        version, numbers, gauss = state["shuffle_random"]
-        self.shuffle.setstate((version, tuple(numbers), gauss))
+        self.shuffle.setstate(state["shuffle_random"])
         for name in ("before", "step", "bad_steps", "order", "evaluations"):
             setattr(self, name, state[name])
 
@@ -1250,7 +1274,8 @@ def train(config: Config) -> dict:
         memory_budget_bytes=int(given * 2**30) if given else memory.detect_budget_bytes(device),
         offload_optimizer=config.offload_optimizer, top_entropy=config.top_entropy, max_rows=config.max_rows,
         updates_per_batch=config.updates_per_batch, micro_batch_tokens=config.micro_batch_tokens,
-        checkpointed_layers=config.checkpointed_layers,
+        checkpointed_layers=config.checkpointed_layers, training=not config.eval_only,
+        trust_remote_code=config.trust_remote_code,
     )
     say_what_runs(config, device, dtype, policy, examples, heldout, scoring["weights"])
     say(plan.table())
@@ -1261,7 +1286,7 @@ def train(config: Config) -> dict:
         if config.cold_start_steps and not config.eval_only:
             cold_start(policy, new_optimizer(policy, config.cold_start_lr, 0.0, config), examples, config,
                        plan, random.Random(config.seed))
-        before = evaluate(policy, heldout, scoring, config, plan, generator)
+        before = evaluate(policy, heldout, scoring, config, plan)
         say(f"held-out accuracy before GRPO: {before['accuracy']:.3f}")
         if config.eval_only:
             return {"recipe": config.recipe, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}
@@ -1272,7 +1297,13 @@ def train(config: Config) -> dict:
         generator, random.Random(config.seed), before,
     )
     if checkpoint:
-        run.load_state_dict(torch.load(checkpoint / STATE, weights_only=True, map_location="cpu"))
+        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+        run.load_state_dict(state)
+        for name in PLANNED:  # other sizes would draw and round differently
+            if getattr(config, name) is None:
+                setattr(plan, name, state["plan"][name])
+        del state  # its tensors were copied
+        set_aside_later_checkpoints(folder, run.step)
         metrics = keep_lines_up_to(folder / "metrics.jsonl", run.step)
         keep_lines_up_to(folder / "samples.jsonl", run.step)
         say(f"resumed after step {run.step} from {checkpoint}")
@@ -1282,21 +1313,30 @@ def train(config: Config) -> dict:
 
     sampling = {
         "group_size": config.group_size, "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature, "eos_token_id": policy.stops, "pad_token_id": policy.pad_token_id,
-        "generator": generator, **scoring,
+        "temperature": config.temperature, "generator": generator, **scoring,
     }
     warned: set[str] = set()
     stopped_by: int | str | None = None
     quiet = not sys.stderr.isatty()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step, disable=quiet)
     inner = tqdm(leave=False, disable=quiet, delay=2)
-    with StopRequest() as stop:
+
+    def save() -> None:
+        state = {"config": dataclasses.asdict(config), "plan": {k: getattr(plan, k) for k in PLANNED},
+                 **run.state_dict()}
+        save_checkpoint(policy, state, folder, config.keep_checkpoints)
+
+    with stop_requests() as signals:
         for step in bar:
             step_started = time.monotonic()
 
             # Sample and score.
             batch = run.next_examples(examples, config.prompts_per_step)
-            episodes = sample_within_memory(policy, batch, sampling, plan, inner)
+            try:
+                episodes = sample_within_memory(policy, batch, sampling, plan, inner)
+            except (rewards.RewardError, memory.DoesNotFit):
+                save()  # the steps so far
+                raise
             sampled = time.monotonic()
 
             # Advantages, among the answers that count.
@@ -1344,13 +1384,15 @@ def train(config: Config) -> dict:
 
             # Evaluate and save.
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                result = evaluate(policy, heldout, scoring, config, plan, generator)
+                result = evaluate(policy, heldout, scoring, config, plan)
                 run.note(result)
                 tqdm.write(f"step {step}: held-out accuracy {result['accuracy']:.3f}")
-            stopped_by = "bad steps" if run.bad_steps >= config.max_bad_steps else stop.signal
+            if run.bad_steps >= config.max_bad_steps:
+                stopped_by = "bad steps"
+            elif signals:
+                stopped_by = signals[0]
             if stopped_by is not None or (config.save_every and step % config.save_every == 0):
-                state = {"config": dataclasses.asdict(config), **run.state_dict()}
-                save_checkpoint(policy, state, folder, config.keep_checkpoints)
+                save()
             if stopped_by is not None:
                 break
     inner.close()
@@ -1358,13 +1400,13 @@ def train(config: Config) -> dict:
 
     after = {"accuracy": None, "pass_at_k": None}
     if stopped_by is None:
-        after = evaluate(policy, heldout, scoring, config, plan, generator)
-        run.note(after)
-        try:
+        try:  # before the evaluation: what was trained is on disk first
             save_model(policy, folder / "final")
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{folder / 'final'} can't be written ({error}); make room, "
-                             f"then --resume {folder}") from error
+            advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
+            raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
+        after = evaluate(policy, heldout, scoring, config, plan)
+        run.note(after)
     if metrics:
         draw_curves(metrics, run.evaluations, folder / "curves.png")
     summary = {

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -258,12 +258,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         offload: bool = False,
-        *,
-        min_8bit_size: int = 4096,  # a smaller parameter's moments stay in float32, as in the library
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
-        )
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.offload = offload
         for p in self._params():
             if p.dtype not in (torch.bfloat16, torch.float32):
@@ -561,19 +557,22 @@ def plan(
     micro_batch_tokens: int | None = None,
     checkpointed_layers: int | None = None,
     max_rows: int | None = None,
+    training: bool = True,
+    trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
-    memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. The last three
-    arguments are choices: those given are kept, the others made, with as many sampler rows as fit and the
-    micro-batch and checkpointing of least work. It needs only the config, of a decoder built like Llama or
-    Qwen, and assumes a loop that uses all of this file, token_logprobs with into_weight_grad.
+    memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. Without
+    `training` only sampling is planned. micro_batch_tokens, checkpointed_layers and max_rows are choices:
+    those given are kept, the others made, with as many sampler rows as fit and the micro-batch and
+    checkpointing of least work. It needs only the config, of a decoder built like Llama or Qwen, and assumes
+    a loop that uses all of this file, token_logprobs with into_weight_grad.
     Raises DoesNotFit, in one line that names the flag that would help.
     """
     asked = SimpleNamespace(**{key: value for key, value in locals().items() if key != "model_config"})
     config = model_config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
     asked.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
 
@@ -657,7 +656,7 @@ def _bytes(
     # for each query head while it decodes.
     copies = 1 if hasattr(sdpa_attention, "pack_gqa") else max(1, 2 * queries // keys)
     prefill = math.ceil(rows / asked.group_size) * asked.prompt_tokens * (kv_token + 3 * byte * inner)
-    return MemoryPlan(
+    planned = MemoryPlan(
         weights=byte * sum(sizes),
         remainder=0 if asked.offload_optimizer else remainder,
         moments=0 if asked.offload_optimizer else moments,
@@ -677,6 +676,11 @@ def _bytes(
         max_rows=rows,
         memory_budget_bytes=asked.memory_budget_bytes,
     )
+    if asked.training:
+        return planned
+    only_trained = ("remainder", "moments", "gradients", "activations", "head", "layer", "embedding", "step",
+                    "host_reference", "host_optimizer")
+    return replace(planned, **dict.fromkeys(only_trained, 0))
 
 
 def keep_freed_memory() -> None:

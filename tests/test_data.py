@@ -90,6 +90,23 @@ def test_demonstrations_are_well_formed_right_and_blind():
         assert 0.15 < operators.count("-") / len(operators) < 0.35
 
 
+def test_a_line_separator_inside_a_prompt_is_no_new_line(tmp_path):
+    rows = [{"prompt": f"{i}: one\u2028two\u0085three"} for i in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "t.jsonl").write_text(text, encoding="utf-8")
+    assert data.read_jsonl(tmp_path / "t.jsonl") == rows
+
+
+def test_gsm8k_demonstrations_have_the_tags_of_their_prompt(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"One more.\n#### {i + 1}"} for i in range(4)]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for prompt_format, opening in ((None, "<think>One more.</think>\n<answer>"),
+                                   ("gsm8k-reasoning", "<reasoning>One more.</reasoning>\n<answer>")):
+        example = data.load_task("gsm8k", dataset=str(tmp_path / "g.jsonl"), prompt_format=prompt_format,
+                                 train_examples=9, eval_examples=1, seed=0)[0][0]
+        assert data.demonstration(example, random.Random(0)) == f"{opening}{example['answer']}</answer>"
+
+
 def test_demonstrations_of_other_tasks_are_their_own_completions():
     assert data.demonstration({"completion": "so 4", "prompt": "2+2?"}, random.Random(0)) == "so 4"
     with pytest.raises(InputError, match="`completion` column"):

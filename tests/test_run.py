@@ -46,13 +46,13 @@ def weights_of(folder):
 
 @pytest.fixture
 def own_task(tmp_path):
-    """A jsonl task and a reward file as a user would bring them: answers should hold many a's."""
+    """A jsonl task and a reward file as a user would bring them: answers should be long and hold many a's."""
     (tmp_path / "task.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Write {i} a's:", "n": i}) + "\n" for i in range(12))
     )
     (tmp_path / "my_rewards.py").write_text(
         "def many(completion, example):\n"
-        "    return completion.count('a') / example['n'] if example['n'] else len(completion)\n"
+        "    return completion.count('a') + 0.01 * len(completion) + 0 * example['n']\n"
         "def broken(completion, example):\n    return 1 / 0\n"
         "def nothing(completion, example):\n    return float('nan')\n"
         "def same(completion, example):\n    return 0.5\n"
@@ -151,6 +151,17 @@ def test_eval_only_evaluates_and_writes_nothing(tmp_path, qwen2_folder):
     result = g.train(quick(tmp_path, model=str(qwen2_folder), eval_only=True, eval_samples=3))
     assert result["accuracy"] == 0.0 and 0 <= result["pass_at_k"] <= 1  # random weights solve nothing
     assert not (tmp_path / "run").exists()
+    # What would not do for training does for an evaluation.
+    tight = {"model": str(qwen2_folder), "memory_budget_gib": 0.012}
+    with pytest.raises(g.memory.DoesNotFit):
+        g.train(quick(tmp_path, **tight))
+    g.train(quick(tmp_path, eval_only=True, **tight))
+
+
+def test_pass_at_k_draws_from_its_own_random_numbers(tmp_path):
+    for name, samples in (("a", 0), ("b", 3)):
+        g.train(quick(tmp_path, name, eval_samples=samples, eval_every=1))
+    assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
 
 
 def test_a_model_without_a_chat_template_is_warned_about(tmp_path, capsys):
@@ -184,7 +195,7 @@ BAD = {
     "group of one": (["--group-size", "1"], "--group-size 1: must be at least 2"),
     "missing file": (["--task", "gone.jsonl"], "gone.jsonl: no such file"),
     "missing model": (["--model", "./gone"], "./gone: no such folder"),
-    "hub without network": (["--model", "nobody/nothing"], "check the id and the network"),
+    "hub without network": (["--model", "nobody/nothing"], "the id and the network for the hub"),
     "prompt over the context": (["--max-new-tokens", "5000"], "exceed the model's context of 1024"),
     "too little memory": (["--memory-budget-gib", "0.0001"], "try"),
     "cuda without cuda": (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
@@ -281,9 +292,37 @@ def test_resume_refuses_what_contradicts_the_checkpoint_and_lists_what_may_chang
         g.parse_command_line(["--resume", str(tmp_path / "nowhere")])
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
+    real = g.save_checkpoint
+
+    def save(policy, state, folder, keep):
+        if state["step"] == 3:  # as if a kill had come while an old one was being removed
+            (folder / ".checkpoint.old" / "half").mkdir(parents=True)
+        real(policy, state, folder, keep)
+
+    monkeypatch.setattr(g, "save_checkpoint", save)
     g.train(quick(tmp_path, steps=4, save_every=1, keep_checkpoints=2))
     assert {p.name for p in (tmp_path / "run").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
+    g.train(quick(tmp_path, steps=4, save_every=1, keep_checkpoints=0))
+    with (tmp_path / "run" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "completion": "half a li')  # as a kill leaves it
+    g.train(g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2"), "--steps", "3"]))
+    assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert len(list((tmp_path / "run").glob("left-checkpoint-*"))) == 2
+    assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert {m["step"] for m in lines(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
+
+
+def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_task):
+    (tmp_path / "my_rewards.py").write_text(
+        "calls = []\ndef late(completion, example):\n    calls.append(1)\n"
+        "    return 1 / (40 - len(calls))\n")
+    with pytest.raises(g.rewards.RewardError, match="ZeroDivisionError"):
+        g.train(quick(tmp_path, steps=9, task=own_task["task"], reward=[f"{tmp_path}/my_rewards.py:late"]))
+    assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-2"]  # 4 + 12 + 12, and 11 of 12
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
