@@ -84,6 +84,8 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    if not cuda:
+        memory.keep_freed_memory()
     config = grpo.make_config(
         "tiny",
         prompts_per_step=PROMPTS,

@@ -310,7 +310,7 @@ def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
     with (tmp_path / "run" / "samples.jsonl").open("a") as file:
         file.write('{"step": 4, "completion": "half a li')  # as a kill leaves it
     g.train(g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2"), "--steps", "3"]))
-    assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert [c.name[-1] for c in g.checkpoints(tmp_path / "run")] == ["1", "2", "3"]
     assert len(list((tmp_path / "run").glob("left-checkpoint-*"))) == 2
     assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert {m["step"] for m in lines(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
@@ -372,7 +372,7 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsy
 
 
 def test_metrics_can_be_read_at_any_moment(tmp_path):
-    """Another process reads while lines are added: what ends in a newline is whole, and nothing is missing."""
+    """Another process reads while lines are added: what ends in a newline is whole, nothing is missing."""
     path = tmp_path / "metrics.jsonl"
     g.append_lines(path, [{"step": 0}])
     reader = subprocess.Popen([sys.executable, "-c", (
