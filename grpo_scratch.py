@@ -393,7 +393,7 @@ def sample(
     episode, token, position, start = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
     done = torch.ones(rows, dtype=torch.bool, device=device)
 
-    def write_down(where: Tensor, logits: Tensor) -> None:
+    def write_down(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
         token[where], logprob, entropy = choose_tokens(logits, temperature, generator)
         who, stopped = episode[where], done[where]
@@ -457,7 +457,7 @@ def sample(
         ).logits[:, -1]
         cache.column += 1
         position += ~done  # a finished row's would run past the context
-        write_down(torch.arange(cache.live, device=device), logits)
+        write_down(live, logits)
     return [
         Completion(i[:n], lp[:n], h[:n], done)
         for i, lp, h, n, done in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))

@@ -23,6 +23,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory
+from grpo_scratch import choose_tokens
 
 PROMPT, NEW, PROMPTS, GROUP = 150, 1024, 32, 8  # the recipe `improved`
 SIZES = {  # hidden and intermediate size, layers, query heads
@@ -115,12 +116,8 @@ def rollout(model, rows: int, columns: int) -> None:
     token = torch.zeros((rows, 1), dtype=torch.long, device=model.device)
     positions = torch.full_like(token, columns - 1)
     output = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    logits = output.logits[:, -1]
-    logprobs = (logits.float() / 0.5).log_softmax(-1)
-    probabilities = logprobs.exp()
-    torch.multinomial(probabilities, 1)
-    torch.special.entr(probabilities).sum(-1)
-    del output, logits, logprobs, probabilities
+    choose_tokens(output.logits[:, -1], 0.5)
+    del output
     keep = torch.arange(rows - 1, device=model.device)
     for buffer in cache.keys + cache.values:
         buffer[: rows - 1] = buffer[keep]
