@@ -877,8 +877,21 @@ def save_model(policy, folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / STATE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p).isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(step_of(p)))
+
+
+def step_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
@@ -895,19 +908,16 @@ def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
         (partial / STATE).parent.mkdir()
         torch.save(state, partial / STATE)
         for path in [*partial.rglob("*"), partial]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            sync(path)
         partial.rename(final)
+        sync(folder)  # before older ones go
         shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
         if keep:
             for old in checkpoints(folder)[:-keep]:
                 # Renamed first, so that one half deleted is never taken for a checkpoint.
                 shutil.rmtree(old.rename(folder / ".checkpoint.old"))
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
-        warn(
-            f"checkpoint-{state['step']} could not be saved ({str(error).splitlines()[0]}); training goes on"
-        )
+        warn(f"checkpoint-{state['step']} could not be saved ({str(error).splitlines()[0]}); older ones stay")
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -930,7 +940,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path:
 def set_aside_later_checkpoints(folder: Path, step: int) -> None:
     """Rename the checkpoints that come after the one resumed: they belong to the course that was left."""
     for later in checkpoints(folder):
-        if int(later.name.split("-")[1]) > step:
+        if int(step_of(later)) > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
 
