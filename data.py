@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import huggingface_hub
+import jinja2
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -111,9 +112,13 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
     is_open = prompt[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        prompt, tokenize=False, continue_final_message=is_open, add_generation_prompt=not is_open
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            prompt, tokenize=False, continue_final_message=is_open, add_generation_prompt=not is_open
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({error}); "
+                         "leave out the role it doesn't know, or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
 
@@ -291,15 +296,15 @@ def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int)
 def read_jsonl(path: Path) -> list[dict]:
     """One JSON object a line; read here rather than by `datasets`, which can't say which line is bad."""
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line)  # as UTF-8
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error}); "
                                  "write one object a line") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not an object but {line.strip()[:60]}; "
+                raise InputError(f"{path}, line {number}: not an object but {row!r:.60}; "
                                  "write {\"prompt\": ...}")
             rows.append(row)
     return rows
@@ -334,13 +339,13 @@ def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
 def prepare_row(row: dict, task: str, where: str) -> dict:
     """The example made of one row, or an InputError that says where the bad row is."""
     if task == "countdown":
-        nums, target = row["nums"], row["target"]
+        nums, target = row.get("nums"), row.get("target")
         if not (isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])):
             raise InputError(f"{where}: nums must be a list of at least two whole numbers and target a "
                              f"whole number, not {nums!r} and {target!r}")
         return {"nums": nums, "target": target}
     if task == "gsm8k":
-        question, solution = row["question"], row["answer"]
+        question, solution = row.get("question"), row.get("answer")
         if not (isinstance(question, str) and isinstance(solution, str) and "####" in solution):
             raise InputError(f"{where}: question and answer must be text, the answer with its number after "
                              f"####, not {str(solution)[:60]!r}")

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -79,8 +80,8 @@ class Config:
     reward: list[str] = field(
         default_factory=lambda: ["countdown_equation", "countdown_format:0.1"],
         metadata={"help": "rewards to add up: NAME or NAME:WEIGHT with a name of rewards.py, or "
-                  "FILE.py:FUNCTION with your own (completion, example) -> float, which is run as it is; the "
-                  "first one decides accuracy: a score of 1 or more is solved"},
+                  "FILE.py:FUNCTION with your own (completion, example) -> float: code that runs with your "
+                  "rights; the first one decides accuracy: a score of 1 or more is solved"},
     )
     reward_model: str | None = flag(None, "hub id or folder of a one-label classifier; adds its score")
     reward_model_weight: float = flag(1.0, "weight of that score")
@@ -513,6 +514,9 @@ def rollout(
         episodes.append(Episode(examples[group], group, prompts[group], completion, text, reward, parts))
     if reward_model is not None:
         scores = reward_model.scores([(e.example["prompt"], e.text) for e in episodes])
+        if not all(map(math.isfinite, scores)):
+            raise rewards.RewardError("--reward-model: it gave a score that is not a finite number; try "
+                                      "--dtype float32, or another model")
         for episode, score in zip(episodes, scores):
             episode.parts["reward_model"] = score
             episode.reward += reward_model_weight * score
@@ -770,11 +774,11 @@ def update(
         padding_share = in_micro_batches(lessons, plan, learn, start_over, progress)
         sums["grad_norm"] = memory.clip_gradients(parameters, config.max_grad_norm or None)
         records.append({name: float(value) for name, value in sums.items()})
-        if math.isfinite(records[-1]["grad_norm"]):
+        if all(map(math.isfinite, records[-1].values())):
             optimizer.step()
         start_over()
     metrics = {"padding_share": padding_share, "updates": None,
-               "bad_updates": sum(not math.isfinite(record["grad_norm"]) for record in records)}
+               "bad_updates": sum(not all(map(math.isfinite, record.values())) for record in records)}
     # JSON has no NaN.
     records = [{k: x if math.isfinite(x) else None for k, x in record.items()} for record in records]
     for name in ("loss", "kl", "clip_fraction", "grad_norm"):
@@ -869,10 +873,21 @@ def append_lines(path: Path, records: list[dict]) -> None:
             os.truncate(path, size)
 
 
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_model(policy, folder: Path) -> None:
-    """A complete Hugging Face folder: `from_pretrained` and vLLM open it."""
+    """A complete Hugging Face folder, synced to the disk: `from_pretrained` and vLLM open it."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -881,17 +896,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(step_of(p)))
 
 
+def save_final(policy, folder: Path) -> None:
+    """`final`, whole or not at all."""
+    final, partial = folder / "final", folder / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(policy, partial)
+    if final.exists():  # of a run that is resumed after its end
+        shutil.rmtree(final)
+    partial.rename(final)
+
+
 def step_of(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix("checkpoint-")
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
@@ -907,8 +923,8 @@ def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
         save_model(policy, partial)
         (partial / STATE).parent.mkdir()
         torch.save(state, partial / STATE)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
+        sync(partial / STATE)
+        sync((partial / STATE).parent)
         partial.rename(final)
         sync(folder)  # before older ones go
         shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
@@ -921,11 +937,21 @@ def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def find_checkpoint(resume: str, output_dir: str) -> Path:
-    """The checkpoint that --resume means; InputError when there is none."""
+def load_state(checkpoint: Path, **options) -> dict:
+    """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
+    try:
+        return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", **options)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read ({reason}); use another checkpoint"
+                         ) from error
+
+
+def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path:
+    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if none."""
     place = Path(resume)
     if resume == "latest":
-        every = [c for run in Path(output_dir).glob("*") for c in checkpoints(run)[-1:]]
+        every = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
         found = max(every, key=lambda c: c.stat().st_mtime, default=None)
     elif (place / STATE).is_file():
         found = place
@@ -1193,6 +1219,16 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def saved_if_it_fails(save) -> Iterator[None]:
+    """The steps so far are saved before an error in a reward or of memory ends the run."""
+    try:
+        yield
+    except (rewards.RewardError, memory.DoesNotFit):
+        save()
+        raise
+
+
 @dataclass
 class Run:
     """What changes from step to step, and so what a checkpoint holds beside the policy's weights."""
@@ -1250,7 +1286,7 @@ def train(config: Config) -> dict:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     automatic = "bfloat16" if device == "cuda" else "float32"
     dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
-    checkpoint = find_checkpoint(config.resume, config.output_dir) if config.resume else None
+    checkpoint = find_checkpoint(config.resume, config.output_dir, config.name) if config.resume else None
     folder = Path(config.output_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if checkpoint:
         folder = checkpoint.parent
@@ -1294,10 +1330,13 @@ def train(config: Config) -> dict:
     before, metrics = {}, []
     if not checkpoint:
         if config.cold_start_steps and not config.eval_only:
+            say(f"cold start: {config.cold_start_steps} supervised steps")
             cold_start(policy, new_optimizer(policy, config.cold_start_lr, 0.0, config), examples, config,
                        plan, random.Random(config.seed))
         before = evaluate(policy, heldout, scoring, config, plan)
-        say(f"held-out accuracy before GRPO: {before['accuracy']:.3f}")
+        say(f"held-out accuracy{'' if config.eval_only else ' before GRPO'}: {before['accuracy']:.3f}")
+        if config.eval_samples:
+            say(f"held-out pass@{config.eval_samples}: {before['pass_at_k']:.3f}")
         if config.eval_only:
             return {"recipe": config.recipe, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}
         folder.mkdir(parents=True)  # the first thing on disk: a run that can't start leaves nothing behind
@@ -1307,7 +1346,7 @@ def train(config: Config) -> dict:
         generator, random.Random(config.seed), before,
     )
     if checkpoint:
-        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+        state = load_state(checkpoint)
         run.load_state_dict(state)
         for name in PLANNED:  # other sizes would draw and round differently
             if getattr(config, name) is None:
@@ -1334,19 +1373,16 @@ def train(config: Config) -> dict:
     def save() -> None:
         state = {"config": dataclasses.asdict(config), "plan": {k: getattr(plan, k) for k in PLANNED},
                  **run.state_dict()}
-        save_checkpoint(policy, state, folder, config.keep_checkpoints)
+        # While numbers go wrong, no checkpoint from before that is removed.
+        save_checkpoint(policy, state, folder, 0 if run.bad_steps else config.keep_checkpoints)
 
-    with stop_requests() as signals:
+    with stop_requests() as signals, saved_if_it_fails(save):
         for step in bar:
             step_started = time.monotonic()
 
             # Sample and score.
             batch = run.next_examples(examples, config.prompts_per_step)
-            try:
-                episodes = sample_within_memory(policy, batch, sampling, plan, inner)
-            except (rewards.RewardError, memory.DoesNotFit):
-                save()  # the steps so far
-                raise
+            episodes = sample_within_memory(policy, batch, sampling, plan, inner)
             sampled = time.monotonic()
 
             # Advantages, among the answers that count.
@@ -1401,17 +1437,18 @@ def train(config: Config) -> dict:
                 stopped_by = "bad steps"
             elif signals:
                 stopped_by = signals[0]
-            if stopped_by is not None or (config.save_every and step % config.save_every == 0):
-                save()
             if stopped_by is not None:
+                save()
                 break
+            if config.save_every and step % config.save_every == 0 and not run.bad_steps:
+                save()
     inner.close()
     bar.close()
 
     after = {"accuracy": None, "pass_at_k": None}
     if stopped_by is None:
         try:  # before the evaluation: what was trained is on disk first
-            save_model(policy, folder / "final")
+            save_final(policy, folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
             raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
@@ -1439,15 +1476,17 @@ def train(config: Config) -> dict:
 
 # A resumed run may change these; everything else must be what the checkpoint was made with.
 MAY_CHANGE = {
-    "steps", "learning_rate", "lr_schedule", "eval_every", "eval_samples", "save_every", "keep_checkpoints",
-    "max_bad_steps", "max_rows", "micro_batch_tokens", "checkpointed_layers", "memory_budget_gib", "resume",
+    "name", "output_dir", "trust_remote_code", "steps", "learning_rate", "lr_schedule", "eval_every",
+    "eval_samples", "save_every", "keep_checkpoints", "max_bad_steps", "max_rows", "micro_batch_tokens",
+    "checkpointed_layers", "memory_budget_gib", "resume",
 }
 
 
-def resumed_settings(resume: str, output_dir: str) -> dict:
-    """The settings that a checkpoint was made with."""
-    state = find_checkpoint(resume, output_dir) / STATE
-    return torch.load(state, weights_only=True, map_location="cpu", mmap=True)["config"]
+def resumed_settings(resume: str, output_dir: str, name: str | None) -> dict:
+    """The settings that a checkpoint was made with, without leave to run code, which must be given anew."""
+    return load_state(find_checkpoint(resume, output_dir, name), mmap=True)["config"] | {
+        "trust_remote_code": False
+    }
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Config:
@@ -1456,8 +1495,13 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in (("--recipe", "auto"), ("--resume", None), ("--output-dir", "runs")):
         first.add_argument(name, default=default)
+    first.add_argument("--name")
+    first.add_argument("--reward", nargs="+")
     early = first.parse_known_args(arguments)[0]
-    saved = resumed_settings(early.resume, early.output_dir) if early.resume else None
+    saved = resumed_settings(early.resume, early.output_dir, early.name) if early.resume else None
+    if saved and not early.reward and any(".py:" in name for name in saved["reward"]):
+        raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if you "
+                         "trust it, give it again with --reward")
     recipe = saved["recipe"] if saved else resolve_recipe(early.recipe)
     parser = transformers.HfArgumentParser(
         Config, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
@@ -1515,7 +1559,7 @@ def main() -> None:
             say(recipe_table())
             return
         stopped_by = train(config).get("stopped_by")
-    except (InputError, rewards.RewardError, memory.DoesNotFit) as error:
+    except (InputError, rewards.RewardError, memory.DoesNotFit, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step, where there is nothing to save yet

@@ -487,6 +487,16 @@ def test_each_recipes_gradients_are_its_systems(recipe):
         assert clipped[0] == 0 < clipped[-1] and metrics["clip_fraction"] == pytest.approx(np.mean(clipped))
 
 
+@pytest.mark.parametrize("updates, beta, passes", [(1, 0.0, 1), (1, 0.1, 2), (3, 0.0, 4), (3, 0.1, 5)])
+def test_with_one_update_and_no_reference_nothing_extra_is_computed(updates, beta, passes, monkeypatch):
+    policy, calls, real = a_policy(), [], g.lesson_logprobs
+    monkeypatch.setattr(g, "lesson_logprobs", lambda *args: calls.append(1) or real(*args))
+    config = update_config(updates_per_batch=updates, beta=beta)
+    reference = memory.ReferencePolicy(policy.model) if beta else None
+    gradients_of_update(policy, config, 10**6, reference)
+    assert len(calls) == passes
+
+
 def test_only_completion_tokens_of_high_entropy_count():
     policy = a_policy()
     episodes = some_episodes(policy)
@@ -554,7 +564,8 @@ def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsy
 
     monkeypatch.setattr(g, "prefill", sometimes_full)
     plan = SimpleNamespace(max_rows=12, table=lambda: "THE PLAN")
-    sampling = {"group_size": 4, "max_new_tokens": 5, "temperature": 0.0, "weights": {"countdown_format": 1.0}}
+    sampling = {"group_size": 4, "max_new_tokens": 5, "temperature": 0.0,
+                "weights": {"countdown_format": 1.0}}
     prompts = [{"prompt_ids": [40, 41, 42]}, {"prompt_ids": [50] * 9}, {"prompt_ids": [60, 61]}]
     episodes = g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
     assert plan.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2

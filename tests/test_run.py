@@ -1,13 +1,17 @@
 """Whole runs: what is printed, what is on disk, what is refused."""
 
+import fcntl
 import gc
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -147,8 +151,9 @@ def test_a_step_with_nothing_to_learn_says_so_and_changes_no_weight(tmp_path, ow
     assert "every answer truncated" in capsys.readouterr().out
 
 
-def test_eval_only_evaluates_and_writes_nothing(tmp_path, qwen2_folder):
+def test_eval_only_evaluates_and_writes_nothing(tmp_path, qwen2_folder, capsys):
     result = g.train(quick(tmp_path, model=str(qwen2_folder), eval_only=True, eval_samples=3))
+    assert "held-out pass@3" in capsys.readouterr().out
     assert result["accuracy"] == 0.0 and 0 <= result["pass_at_k"] <= 1  # random weights solve nothing
     assert not (tmp_path / "run").exists()
     # What would not do for training does for an evaluation.
@@ -250,7 +255,7 @@ def test_a_run_never_overwrites_another(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"skip_truncated": True, "lr_schedule": "linear"},
+    {"lr_schedule": "linear"},
     {"beta": 0.1, "reference_every": 3, "updates_per_batch": 2, "clip_low": 0.1, "dtype": "bfloat16"},
 ])
 def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings):
@@ -272,11 +277,12 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings
     drop = {"seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
     a, b = ([{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / run / "metrics.jsonl")]
             for run in ("whole", "killed"))
-    assert a == b and len(a) == 5
+    assert a == b and len(a) == 5 and all(m["skipped"] is None for m in a)
     a, b = (weights_of(tmp_path / run / "final") for run in ("whole", "killed"))
     assert all((a[k] == b[k]).all() for k in a)
     a, b = (torch.load(tmp_path / run / "checkpoint-4" / "trainer_state" / "state.pt", weights_only=True)
             for run in ("whole", "killed"))
+    assert len(a["optimizer"]["state"]) == len(b["optimizer"]["state"]) > 0
     for old, new in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(torch.as_tensor(old[k]), torch.as_tensor(new[k])) for k in old)
     assert (tmp_path / "whole" / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
@@ -290,6 +296,36 @@ def test_resume_refuses_what_contradicts_the_checkpoint_and_lists_what_may_chang
     assert g.parse_command_line([*resume, "--steps", "3"]).steps == 3
     with pytest.raises(g.InputError, match="no whole checkpoint"):
         g.parse_command_line(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
+    (tmp_path / "my_rewards.py").write_text("def evil(completion, example):\n    return len(completion)\n")
+    reward = [f"{tmp_path}/my_rewards.py:evil"]
+    g.train(quick(tmp_path, steps=1, save_every=1, task=own_task["task"], reward=reward,
+                  trust_remote_code=True))
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(g.InputError, match="its reward is code, .*my_rewards.py:evil; if you trust it"):
+        g.parse_command_line(resume)
+    config = g.parse_command_line([*resume, "--reward", *reward])
+    assert config.trust_remote_code is False  # to be given anew, too
+    state = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
+    torch.save({"config": subprocess.Popen}, state)  # a pickle that names code
+    with pytest.raises(g.InputError, match="can't be read"):
+        g.parse_command_line(resume)
+
+
+def test_the_reference_follows_its_schedule(tmp_path, own_task):
+    g.train(quick(tmp_path, steps=4, save_every=1, keep_checkpoints=0, beta=0.1, reference_every=3,
+                  learning_rate=1e-3, **own_task))
+    reference, policy = [], []
+    for step in range(1, 5):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        saved = torch.load(folder / "trainer_state" / "state.pt", weights_only=True)["reference"]
+        reference.append(saved["model.embed_tokens.weight"])
+        policy.append(weights_of(folder)["model.embed_tokens.weight"])
+    assert torch.equal(reference[0], reference[1]) and not torch.equal(reference[1], reference[2])
+    assert torch.equal(reference[2], policy[2]) and torch.equal(reference[3], policy[2])
+    assert not torch.equal(policy[3], policy[2])
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
@@ -341,6 +377,47 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, c
     assert summary["stopped_by"] == number and summary["steps"] >= 2
     assert g.find_checkpoint("latest", str(tmp_path)).name == f"checkpoint-{summary['steps']}"
     assert "--resume" in out
+    again = g.train(g.parse_command_line(
+        ["--resume", "latest", "--output-dir", str(tmp_path), "--steps", str(summary["steps"] + 1)]))
+    assert again["steps"] == summary["steps"] + 1 and (tmp_path / "run" / "final").exists()
+
+
+def test_a_second_signal_stops_at_once_and_leaves_what_was_whole(tmp_path):
+    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
+               "--steps", "9999", "--eval-examples", "4", "--save-every", "1", "--output-dir", str(tmp_path),
+               "--name", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode in (130, 143)  # 130 when the step ended between the two
+    whole = g.checkpoints(tmp_path / "run")
+    assert whole and all(g.load_state(c)["step"] == int(g.step_of(c)) for c in whole)
+
+
+def test_on_a_terminal_there_are_bars_and_no_plain_lines(tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))  # 30 lines of 120 characters
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "2",
+         "--steps", "2", "--prompts-per-step", "3", "--eval-examples", "4", "--output-dir", str(tmp_path)],
+        stdout=end, stderr=end, close_fds=True)
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        shown += part
+        if not part:
+            break
+    assert process.wait(timeout=60) == 0
+    assert b"GRPO" in shown and b"reward=" in shown and b"2/2" in shown and b"step 1/2" not in shown
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
@@ -354,6 +431,18 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert done.returncode == 2 and "final can't be written" in done.stderr.splitlines()[-1]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
     assert g.checkpoints(tmp_path / "run") == []
+
+
+def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_path):
+    g.train(quick(tmp_path, steps=1, save_every=1))
+    before = weights_of(tmp_path / "run" / "checkpoint-1")
+    command = [sys.executable, SCRIPT, "--resume", str(tmp_path / "run"), "--steps", "3"]
+    limited = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", *map(str, command)]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert "checkpoint-2 could not be saved" in done.stderr and "step 3/3" in done.stdout
+    assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    after = weights_of(tmp_path / "run" / "checkpoint-1")
+    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsys):
@@ -421,7 +510,12 @@ def test_numbers_that_go_wrong_stop_the_run_with_its_last_good_state(tmp_path, c
     assert summary["stopped_by"] == "bad steps"
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["bad_updates"] for m in metrics[-3:]] == [1, 1, 1] and len(metrics) < 30
-    assert g.checkpoints(tmp_path / "run") and "not finite" in capsys.readouterr().err
+    newest = g.checkpoints(tmp_path / "run")[-1]
+    assert all(x.isfinite().all() for x in weights_of(newest).values())
+    optimizer = g.load_state(newest)["optimizer"]["state"].values()
+    assert all(x.isfinite().all() for state in optimizer for x in state.values()
+               if torch.is_tensor(x) and x.is_floating_point())
+    assert "not finite" in capsys.readouterr().err
 
 
 def test_trouble_is_told_once(capsys):
