@@ -1442,32 +1442,33 @@ def train(config: Config) -> dict:
                 break
             if config.save_every and step % config.save_every == 0 and not run.bad_steps:
                 save()
-    inner.close()
-    bar.close()
+        inner.close()
+        bar.close()
 
-    after = {"accuracy": None, "pass_at_k": None}
-    if stopped_by is None:
-        try:  # before the evaluation: what was trained is on disk first
-            save_final(policy, folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
-            raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
-        after = evaluate(policy, heldout, scoring, config, plan)
-        run.note(after)
-    if metrics:
-        draw_curves(metrics, run.evaluations, folder / "curves.png")
-    summary = {
-        "recipe": config.recipe, "accuracy_before": run.before["accuracy"],
-        "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
-        "peak_memory_bytes": peak_memory(device), "pass_at_k_before": run.before["pass_at_k"],
-        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if stopped_by is None:
-        say(side_by_side(run.before["shown"], after["shown"]))
-        say(report(summary, config, folder))
-    else:
-        say(f"stopped after step {run.step} ({stopped_by}); go on with --resume {folder}")
+        after = {"accuracy": None, "pass_at_k": None}
+        if stopped_by is None:
+            try:  # before the evaluation: what was trained is on disk first
+                save_final(policy, folder)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                saved = checkpoints(folder)
+                advice = f"make room, then --resume {folder}" if saved else "nothing could be saved"
+                raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
+            after = evaluate(policy, heldout, scoring, config, plan)
+            run.note(after)
+        if metrics:
+            draw_curves(metrics, run.evaluations, folder / "curves.png")
+        summary = {
+            "recipe": config.recipe, "accuracy_before": run.before["accuracy"],
+            "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
+            "peak_memory_bytes": peak_memory(device), "pass_at_k_before": run.before["pass_at_k"],
+            "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if stopped_by is None:
+            say(side_by_side(run.before["shown"], after["shown"]))
+            say(report(summary, config, folder))
+        else:
+            say(f"stopped after step {run.step} ({stopped_by}); go on with --resume {folder}")
     return summary
 
 
