@@ -720,12 +720,12 @@ def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=Non
 
 def update(
     policy, reference, optimizer, lessons: list[Lesson], config: Config, plan, progress=None
-) -> dict[str, float]:
+) -> dict:
     """`updates_per_batch` optimizer steps on one batch of lessons; returns metrics: means over the updates,
     and with several of them `updates`, one record each.
 
     Old log-probabilities (several updates only) and the reference's come from the very code that computes the
-    current ones, before the first update. A gradient that is not finite changes nothing.
+    current ones, before the first update. A loss or gradient that is not finite changes nothing.
     """
     temperature = config.loss_temperature or config.temperature
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
@@ -767,7 +767,7 @@ def update(
     if reference is not None:
         with reference.swapped_in():
             store_logprobs("ref_logprobs")
-    records = []
+    records, bad_updates = [], 0
     for _ in range(config.updates_per_batch):
         if progress is not None:
             progress.reset(total=len(lessons))
@@ -776,15 +776,17 @@ def update(
         records.append({name: float(value) for name, value in sums.items()})
         if all(map(math.isfinite, records[-1].values())):
             optimizer.step()
+        else:
+            bad_updates += 1
         start_over()
-    metrics = {"padding_share": padding_share, "updates": None,
-               "bad_updates": sum(not all(map(math.isfinite, record.values())) for record in records)}
     # JSON has no NaN.
     records = [{k: x if math.isfinite(x) else None for k, x in record.items()} for record in records]
+    metrics = {"padding_share": padding_share, "bad_updates": bad_updates,
+               "updates": records if len(records) > 1 else None}
     for name in ("loss", "kl", "clip_fraction", "grad_norm"):
         values = [record[name] for record in records if record.get(name) is not None]
         metrics[name] = sum(values) / len(values) if values else None
-    return metrics | ({"updates": records} if len(records) > 1 else {})
+    return metrics
 
 
 def cold_start(policy, optimizer, examples: list[dict], config: Config, plan, rng: random.Random) -> None:
@@ -882,18 +884,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def publish(partial: Path, final: Path) -> None:
+    """Let a complete folder appear under its name, once all of it is on the disk itself."""
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    partial.rename(final)
+    sync(final.parent)
+
+
 def save_model(policy, folder: Path) -> None:
-    """A complete Hugging Face folder, synced to the disk: `from_pretrained` and vLLM open it."""
+    """A complete Hugging Face folder: `from_pretrained` and vLLM open it."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if step_of(p).isdigit() and (p / STATE).is_file()]
-    return sorted(found, key=lambda p: int(step_of(p)))
 
 
 def save_final(policy, folder: Path) -> None:
@@ -903,11 +905,17 @@ def save_final(policy, folder: Path) -> None:
     save_model(policy, partial)
     if final.exists():  # of a run that is resumed after its end
         shutil.rmtree(final)
-    partial.rename(final)
+    publish(partial, final)
 
 
 def step_of(checkpoint: Path) -> str:
     return checkpoint.name.removeprefix("checkpoint-")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p).isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(step_of(p)))
 
 
 def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
@@ -923,10 +931,7 @@ def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
         save_model(policy, partial)
         (partial / STATE).parent.mkdir()
         torch.save(state, partial / STATE)
-        sync(partial / STATE)
-        sync((partial / STATE).parent)
-        partial.rename(final)
-        sync(folder)  # before older ones go
+        publish(partial, final)
         shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
         if keep:
             for old in checkpoints(folder)[:-keep]:

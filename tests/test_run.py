@@ -542,7 +542,8 @@ def test_a_reward_model_adds_its_score_to_each_answer(tmp_path, qwen2_folder):
     torch.nn.init.normal_(judge.score.weight)
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
-    g.train(quick(tmp_path, steps=1, reward_model=str(tmp_path / "judge"), reward_model_weight=2.0))
+    g.train(quick(tmp_path, steps=1, group_size=10, reward_model=str(tmp_path / "judge"),
+                  reward_model_weight=2.0))  # 30 answers: more than one batch of 16
     for record in lines(tmp_path / "run" / "samples.jsonl"):
         prompt = record["example"]["prompt"]
         answer = {"role": "assistant", "content": prompt[-1]["content"] + record["completion"]}
