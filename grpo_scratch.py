@@ -663,23 +663,20 @@ def lesson_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) of the tokens that count, one lesson after the other.
 
-    Rows are padded on the right without an attention mask: attention is causal, so no real token sees the
-    padding. Only tokens that count reach the head.
+    A prompt is computed once for all its answers here, and only tokens that count reach the head.
     """
-    device, learning = policy.head.device, torch.is_grad_enabled()
-    ids = torch.zeros(len(lessons), max(map(len, lessons)), dtype=torch.long)
-    rows, columns, targets = [], [], []
-    for row, lesson in enumerate(lessons):
-        ids[row, : len(lesson)] = torch.tensor((lesson.prompt + lesson.completion)[:-1])
-        rows.append(torch.full_like(lesson.counted, row))
-        columns.append(lesson.counted + len(lesson.prompt) - 1)  # the position before a token predicts it
-        targets.append(torch.tensor(lesson.completion)[lesson.counted])
-    rows, columns, targets = (torch.cat(x).to(device) for x in (rows, columns, targets))
+    learning = torch.is_grad_enabled()
     with memory.checkpoint_layers(policy.model, checkpointed_layers if learning else 0):
-        hidden = policy.backbone(ids.to(device), use_cache=False).last_hidden_state
+        hidden, places = memory.packed_hidden_states(
+            policy.backbone, [x.prompt for x in lessons], [x.completion[:-1] for x in lessons]
+        )
+        # The position before a token predicts it.
+        where = [row[x.counted + len(x.prompt) - 1] for row, x in zip(places, lessons)]
+        targets = [torch.tensor(x.completion)[x.counted] for x in lessons]
+        where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
         # The head's gradient goes straight into head.grad: one tensor of its size less.
         return memory.token_logprobs(
-            hidden[rows, columns], policy.head, targets, temperature, into_weight_grad=learning
+            hidden[where], policy.head, targets, temperature, into_weight_grad=learning
         )
 
 
@@ -704,11 +701,11 @@ def within_memory(attempt, plan, setting: str, least: int, start_over=lambda: No
 
 
 def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=None) -> float:
-    """Call work(lessons of a micro-batch) until all are through; returns the share of padding."""
-    lengths = [len(lesson) for lesson in lessons]
+    """Call work(lessons of a micro-batch) until all are through; returns the share of padding in its rows."""
+    lengths, prompts = [len(lesson) for lesson in lessons], [tuple(lesson.prompt) for lesson in lessons]
 
     def attempt() -> float:
-        batches = memory.micro_batches(lengths, plan.micro_batch_tokens)
+        batches = memory.micro_batches(lengths, plan.micro_batch_tokens, prompts)
         for batch in batches:
             work([lessons[i] for i in batch])
             if progress is not None:
@@ -1166,6 +1163,7 @@ def open_policy(name: str, config: Config, device: str, dtype: torch.dtype) -> P
     )
     try:
         backbone, head = memory.plain_head(model)
+        memory.allow_packing(model)
     except ValueError as error:
         raise InputError(f"--model {name}: {error}") from error
     declared = model.generation_config.eos_token_id

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations import sdpa_attention
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # While imported on a CPU, bitsandbytes warns that a 4-bit kernel is missing; nothing here uses that kernel.
@@ -166,7 +169,7 @@ def plain_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         output.last_hidden_state = hidden
         return output
 
-    hidden, was_training = None, model.training
+    hidden, was_training = torch.zeros_like(weight), model.training  # stays so when another part is called
     hook = backbone.register_forward_hook(replace_output)
     try:
         ids = torch.arange(3, device=weight.device)[None] % len(weight)
@@ -382,19 +385,110 @@ def checkpoint_layers(model: nn.Module, count: int | None) -> Iterator[None]:
             del layer.forward  # the class's own shows again
 
 
-def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
+def micro_batches(lengths: list[int], token_budget: int, groups: list | None = None) -> list[list[int]]:
     """Indices of `lengths` (tokens), each once, in batches with rows x longest <= token_budget.
 
-    Neighbours in length meet, so little is padded. The longest come first, so what doesn't fit fails at once;
-    one that is longer than the budget is alone. micro_batches([3, 9, 4], 8) == [[1], [2, 0]].
+    Neighbours in length meet, so little is padded; with `groups` (anything sortable) those of one group stay
+    together as well. The longest come first, so what doesn't fit fails at once; one that is longer than the
+    budget is alone. micro_batches([3, 9, 4], 8) == [[1], [2, 0]].
     """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+    groups, longest = groups or [0] * len(lengths), {}
+    for group, length in zip(groups, lengths):
+        longest[group] = max(length, longest.get(group, 0))
+    order = sorted(range(len(lengths)), key=lambda i: (-longest[groups[i]], groups[i], -lengths[i]))
+    batches, widest = [], 0
+    for i in order:
+        widest = max(widest, lengths[i])
+        if batches and (len(batches[-1]) + 1) * widest <= token_budget:
             batches[-1].append(i)
         else:
             batches.append([i])
+            widest = lengths[i]
     return batches
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Packing: every token once
+
+
+def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
+    """transformers' SDPA attention, and for packed_hidden_states the same over packed tokens.
+
+    Then query, key and value are [1, heads, T, size], and `attention_mask` is places[1, 1, E, L]: which token
+    stands where in E ordinary rows. Each token is copied to its places, a prompt's to all of its answers, and
+    its output is taken from one of them, slots[T] in the flattened rows.
+    """
+    attend = sdpa_attention.sdpa_attention_forward
+    if slots is None:
+        return attend(module, query, key, value, attention_mask, **options)
+
+    def in_rows(x: Tensor) -> Tensor:
+        heads, size = x.shape[1], x.shape[3]
+        # An embedding is the gather whose backward pass, the sum over a token's places, is fast everywhere.
+        rows = F.embedding(attention_mask[0, 0], x.transpose(1, 2).reshape(-1, heads * size))
+        return rows.unflatten(-1, (heads, size)).transpose(1, 2)
+
+    # Causal: no token sees the padding behind its row's end.
+    output, _ = attend(module, in_rows(query), in_rows(key), in_rows(value), None, **options)
+    return F.embedding(slots, output.flatten(2).flatten(0, 1))[None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+def packed_hidden_states(
+    backbone: nn.Module, prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of E rows, each a prompt and its completion (token ids), with every token computed once.
+
+    A prompt that several completions share goes through the model once, and no padding does: only attention,
+    a small part of the work, is done on E padded rows. Returns (hidden[T, H], places[E, L], on the host): row
+    e's token i has hidden[places[e, i]]. The backbone must be of a model that went through allow_packing.
+    """
+    longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions))
+    places = torch.zeros(len(prompts), longest, dtype=torch.long)
+    ids, positions, slots, starts = [], [], [], {}
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        end, known = len(prompt) + len(completion), len(prompt) if tuple(prompt) in starts else 0
+        start = starts.setdefault(tuple(prompt), len(ids))
+        places[row, : len(prompt)] = torch.arange(start, start + len(prompt))
+        places[row, known:end] = torch.arange(len(ids), len(ids) + end - known)
+        ids += (prompt + completion)[known:]
+        positions += range(known, end)
+        slots += range(row * longest + known, row * longest + end)
+    on_device = partial(torch.as_tensor, device=backbone.device)
+    output = backbone(
+        on_device([ids]), position_ids=on_device([positions]), slots=on_device(slots), use_cache=False,
+        attention_mask=on_device(places)[None, None],  # of four dimensions, it reaches the attention as it is
+    )
+    return output.last_hidden_state[0], places
+
+
+@torch.no_grad()
+def allow_packing(model: PreTrainedModel) -> None:
+    """Set the model's attention to packed_attention; of ordinary input it still makes what it made before.
+
+    It is proved, not looked up, that packed rows come out as they did alone. Call it once, at start-up.
+    Raises ValueError when they don't, as with attention that isn't called through transformers' interface.
+    """
+    backbone, prompt, completions = model.base_model, [0, 1], [[2], [1, 0]]
+    rows = [torch.tensor([prompt + completion], device=model.device) for completion in completions]
+    alone = [backbone(row, use_cache=False).last_hidden_state[0] for row in rows]
+    try:
+        model.set_attn_implementation("packed")
+        hidden, places = packed_hidden_states(backbone, [prompt] * 2, completions)
+        same = all(
+            torch.allclose(hidden[place[: len(x)]], x, rtol=0, atol=0.05 * float(x.abs().max()))
+            for place, x in zip(places, alone)
+        )
+    except (RuntimeError, TypeError, ValueError):  # from attention that doesn't know these arguments
+        same = False
+    if not same:
+        raise ValueError(
+            f"{type(model).__name__}: its attention doesn't go through transformers' interface, by which a "
+            "prompt is computed once for all its answers; use a model like Qwen2, Qwen3, Llama or Mistral"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -641,7 +735,7 @@ def _bytes(
     padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
     counted = int(padded * asked.top_entropy)
     norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
-    kept = 2 * norm + byte * (2 * queries + 2 * keys + 4 * inner) + 4 * heads
+    kept = 2 * norm + byte * (3 * queries + 2 * keys + 4 * inner) + 4 * heads
     if asked.query_norms:  # Qwen3 normalises queries and keys as well
         kept += (4 + byte) * (queries + keys)
     again = kept if checkpointed == layers else 0

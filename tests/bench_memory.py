@@ -72,12 +72,14 @@ class LiveBytes(TorchDispatchMode):
 
 def micro_batch(model, backbone, head, ids: torch.Tensor, checkpointed: int, top_entropy: float) -> None:
     """Forward and backward as the training loop does it: full-length rows, a share of the answers' tokens."""
-    counts = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-    counts[:, PROMPT - 1 : -1] = torch.rand(len(ids), NEW, device=ids.device) < top_entropy
+    counts = torch.zeros(ids.shape, dtype=torch.bool)
+    counts[:, PROMPT - 1 : -1] = torch.rand(len(ids), NEW) < top_entropy
+    targets = ids.roll(-1, 1)[counts.to(ids.device)]
     with memory.checkpoint_layers(model, checkpointed):
-        hidden = backbone(ids, use_cache=False).last_hidden_state
-        hidden = hidden[counts]
-        logprobs, _ = memory.token_logprobs(hidden, head, ids.roll(-1, 1)[counts], into_weight_grad=True)
+        prompts, answers = ids[:, :PROMPT].tolist(), ids[:, PROMPT:].tolist()
+        hidden, places = memory.packed_hidden_states(backbone, prompts, answers)
+        hidden = hidden[places[counts].to(ids.device)]
+        logprobs, _ = memory.token_logprobs(hidden, head, targets, into_weight_grad=True)
         logprobs.mean().backward()
 
 
@@ -130,6 +132,7 @@ def make_model(size: str, device: str = "cpu"):
         model = Qwen2ForCausalLM(qwen(size)).eval()
     torch.set_default_dtype(torch.float32)
     memory.sum_gradients_in_fp32(model.parameters())
+    memory.allow_packing(model)
     return (model, *memory.plain_head(model))
 
 

@@ -309,6 +309,7 @@ def a_policy():
     model, tokenizer = data.tiny_policy(seed=3)
     model.eval()
     backbone, head = memory.plain_head(model)
+    memory.allow_packing(model)
     memory.sum_gradients_in_fp32(model.parameters())
     return g.Policy(model, tokenizer, backbone, head, [tokenizer.eos_token_id], tokenizer.pad_token_id)
 

@@ -14,6 +14,8 @@ from bench_memory import LiveBytes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -22,6 +24,10 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -40,6 +46,7 @@ PLAIN = {
     "qwen2-untied": (Qwen2Config, Qwen2ForCausalLM, False),
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True),
     "llama-untied": (LlamaConfig, LlamaForCausalLM, False),
+    "mistral-untied": (MistralConfig, MistralForCausalLM, False),
 }
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -238,6 +245,10 @@ def test_unknown_tricks_between_hidden_states_and_logits_are_found():
         memory.plain_head(model)
     with pytest.raises(ValueError, match="backbone"):
         memory.plain_head(model.model)
+    shape = {"vocab_size": 97, "hidden_size": 32, "word_embed_proj_dim": 32, "num_attention_heads": 4}
+    opt = OPTForCausalLM(OPTConfig(**shape))
+    with pytest.raises(ValueError, match="cause unknown"):
+        memory.plain_head(opt.eval())  # it calls its decoder past the backbone
 
 
 # --- gradients -------------------------------------------------------------------------------------------
@@ -495,6 +506,79 @@ def test_micro_batches_hold_every_episode_once_within_the_budget(lengths, budget
     assert longest == sorted(longest, reverse=True)
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5)), max_size=60), st.integers(1, 200))
+def test_micro_batches_keep_groups_together_within_the_budget(items, budget):
+    lengths, groups = [length for length, _ in items], [group for _, group in items]
+    batches = memory.micro_batches(lengths, budget, groups)
+    order = [i for batch in batches for i in batch]
+    assert sorted(order) == list(range(len(items)))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+    changes = sum(groups[i] != groups[j] for i, j in pairwise(order))
+    assert changes == max(len(set(groups)) - 1, 0)
+    assert not order or lengths[order[0]] == max(lengths)  # what doesn't fit fails at once
+
+
+# --- packing ---------------------------------------------------------------------------------------------
+
+
+PROMPTS = [[5, 6, 7], [8], [5, 6, 7], [5, 6], [5, 6, 7], [8]]
+COMPLETIONS = [[9, 10], [11, 12, 13, 14], [9], [], [20, 21, 22, 23, 24, 25], [30]]
+
+
+def hidden_and_gradients(model, rows):
+    """Hidden states of each row, and the gradients of a sum in which every number has a weight of its own."""
+    weights = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)).to(rows[0])
+    model.zero_grad(set_to_none=True)
+    sum((row * weights[: len(row)]).sum() * (i + 1) for i, row in enumerate(rows)).backward()
+    return [row.detach() for row in rows], [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2, None])
+@pytest.mark.parametrize("name", PLAIN)
+def test_packed_rows_have_the_hidden_states_and_gradients_that_they_have_alone(name, checkpointed):
+    model = tiny(name).double()  # whose norms still round to float32
+    alone = [model.model(torch.tensor([p + c]), use_cache=False).last_hidden_state[0]
+             for p, c in zip(PROMPTS, COMPLETIONS)]
+    expected = hidden_and_gradients(model, alone)
+    memory.allow_packing(model)
+    with memory.checkpoint_layers(model, checkpointed):
+        hidden, places = memory.packed_hidden_states(model.model, PROMPTS, COMPLETIONS)
+        rows = [hidden[place[: len(row)]] for place, row in zip(places, alone)]
+    for got, exact in zip(hidden_and_gradients(model, rows), expected):
+        assert all(relative_error(x, y) < 1e-5 for x, y in zip(got, exact, strict=True))
+
+
+def test_each_prompt_and_no_padding_goes_through_the_layers():
+    model, seen = tiny(), []
+    memory.allow_packing(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    memory.packed_hidden_states(model.model, PROMPTS, COMPLETIONS)
+    tokens = len([5, 6, 7] + [8] + [5, 6]) + sum(map(len, COMPLETIONS))
+    assert seen == [(1, tokens, 32)]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_ordinary_input_comes_out_as_before_packing_was_allowed(name, tmp_path):
+    model, ids = tiny(name), torch.randint(3, 97, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # padded on the left
+    run = lambda: (model(ids).logits, model(ids, attention_mask=mask).logits,
+                   model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False))
+    before = run()
+    memory.allow_packing(model)
+    assert all(same(a, b) for a, b in zip(before, run(), strict=True))
+    model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+
+
+def test_attention_out_of_reach_is_refused():
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)).eval()
+    with pytest.raises(ValueError, match="BloomForCausalLM.*attention") as refusal:
+        memory.allow_packing(bloom)
+    assert "\n" not in str(refusal.value)
+
+
 # --- the reference policy --------------------------------------------------------------------------------
 
 
@@ -583,6 +667,7 @@ def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeyp
     shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
     model = tiny(name, dtype, num_hidden_layers=4, **shape)
     backbone, head = memory.plain_head(model)
+    memory.allow_packing(model)
     params = list(model.parameters())
     memory.sum_gradients_in_fp32(params)
     for p in params:
@@ -595,7 +680,7 @@ def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeyp
         ids = torch.randint(1000, (rows, 128))
         tensors = [*params, *(p.grad for p in params)]
         with memory.checkpoint_layers(model, checkpointed), LiveBytes(*tensors) as live:
-            hidden = backbone(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden, _ = memory.packed_hidden_states(backbone, ids[:, :28].tolist(), ids[:, 28:].tolist())
             memory.token_logprobs(hidden, head, ids.flatten(), into_weight_grad=True)[0].sum().backward()
             del hidden
         assert expected.update_peak_bytes == pytest.approx(live.peak, rel=0.1)
