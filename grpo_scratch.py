@@ -857,7 +857,8 @@ def last_request(prompt: str | list[dict]) -> str:
 # The run's files
 
 STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
-PLANNED = ("max_rows", "micro_batch_tokens", "checkpointed_layers")  # what a checkpoint keeps of the plan
+PLANNED = ("max_rows", "micro_batch_tokens", "checkpointed_layers")  # what a checkpoint keeps of the plan,
+PROGRESS = ("before", "step", "bad_steps", "order", "evaluations")  # and what of the run, beside its parts
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
@@ -1203,88 +1204,72 @@ def new_optimizer(policy: Policy, lr: float, weight_decay: float, config: Config
     )
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame) -> None:
-        if asked:
-            os._exit(128 + number)  # what is on disk is whole; no code of ours runs any more
-        asked.append(number)
-        warn("stopping after this step; a second time stops at once")
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def saved_if_it_fails(save) -> Iterator[None]:
-    """The steps so far are saved before an error in a reward or of memory ends the run."""
-    try:
-        yield
-    except (rewards.RewardError, memory.DoesNotFit):
-        save()
-        raise
-
-
 @dataclass
 class Run:
-    """What changes from step to step, and so what a checkpoint holds beside the policy's weights."""
+    """A run under way: its parts, and from `before` on what changes from step to step."""
 
+    config: Config
+    device: str
+    folder: Path
+    policy: Policy
+    examples: list[dict]
+    heldout: list[dict]
+    scoring: dict  # the rewards' weights and the reward model, as `rollout` takes them
+    plan: memory.MemoryPlan
     optimizer: memory.AdamW8bit
     reference: memory.ReferencePolicy | None
     generator: torch.Generator  # the sampler draws from it
     shuffle: random.Random  # orders the examples
-    before: dict  # the evaluation before the first step
+    before: dict | None = None  # the evaluation before the first step
     step: int = 0
     bad_steps: int = 0  # in a row
     order: list[int] = field(default_factory=list)  # examples still to come in this pass over them
     evaluations: list[dict] = field(default_factory=list)  # step, accuracy, pass@k
 
-    def next_examples(self, examples: list[dict], count: int) -> list[dict]:
+    def next_examples(self) -> list[dict]:
         """The step's examples: pass after pass over all of them, each in a new order."""
+        count = self.config.prompts_per_step
         while len(self.order) < count:
-            self.order += self.shuffle.sample(range(len(examples)), len(examples))
+            self.order += self.shuffle.sample(range(len(self.examples)), len(self.examples))
         chosen, self.order = self.order[:count], self.order[count:]
-        return [examples[i] for i in chosen]
+        return [self.examples[i] for i in chosen]
 
-    def note(self, evaluation: dict) -> None:
-        self.evaluations.append({"step": self.step, **{k: evaluation[k] for k in ("accuracy", "pass_at_k")}})
+    def evaluate(self) -> dict:
+        result = evaluate(self.policy, self.heldout, self.scoring, self.config, self.plan)
+        self.evaluations.append({"step": self.step, **{k: result[k] for k in ("accuracy", "pass_at_k")}})
+        return result
+
+    def save(self) -> None:
+        # While numbers go wrong, no checkpoint from before that is removed.
+        keep = 0 if self.bad_steps else self.config.keep_checkpoints
+        save_checkpoint(self.policy, self.state_dict(), self.folder, keep)
 
     def state_dict(self) -> dict:
         """Numbers, text and tensors only, so that it loads with weights_only=True: it can't run code."""
         return {
+            "config": dataclasses.asdict(self.config), "plan": {k: getattr(self.plan, k) for k in PLANNED},
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
             "sampling_random": self.generator.get_state(), "torch_random": torch.get_rng_state(),
-            "shuffle_random": self.shuffle.getstate(), "before": self.before, "step": self.step,
-            "bad_steps": self.bad_steps, "order": self.order, "evaluations": self.evaluations,
+            "shuffle_random": self.shuffle.getstate(), **{name: getattr(self, name) for name in PROGRESS},
         }
 
     def load_state_dict(self, state: dict) -> None:
+        for name in PLANNED:  # other sizes would draw and round differently
+            if getattr(self.config, name) is None:
+                setattr(self.plan, name, state["plan"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference:
             self.reference.load_state_dict(state["reference"])
         self.generator.set_state(state["sampling_random"])
         torch.set_rng_state(state["torch_random"])
         self.shuffle.setstate(state["shuffle_random"])
-        for name in ("before", "step", "bad_steps", "order", "evaluations"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
 
 
-def train(config: Config) -> dict:
-    """One run, start to end; returns its summary, which is also written to summary.json.
-
-    Raises InputError, rewards.RewardError or memory.DoesNotFit, each with a message for the user. A summary
-    with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
-    """
-    started = time.monotonic()
-    transformers.utils.logging.disable_progress_bar()  # the bars are ours
+def open_run(config: Config) -> Run:
+    """All parts of a run, at its start or where its checkpoint left them; nothing is written yet."""
     check_config(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     automatic = "bfloat16" if device == "cuda" else "float32"
@@ -1299,11 +1284,9 @@ def train(config: Config) -> dict:
     if not config.eval_only and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise InputError(f"--output-dir {config.output_dir}: {nearest} can't be written to; choose another")
     torch.manual_seed(config.seed)
-    generator = torch.Generator(device).manual_seed(config.seed)
     if device == "cpu":
         memory.keep_freed_memory()
 
-    # The parts: rewards, examples, policy, and what all of it will take.
     scoring = {"weights": rewards.parse_rewards(config.reward)}
     examples, heldout = data.load_task(
         config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
@@ -1328,151 +1311,179 @@ def train(config: Config) -> dict:
     )
     say_what_runs(config, device, dtype, policy, examples, heldout, scoring["weights"])
     say(plan.table())
-
-    # Where the run stands: at its start, or where the checkpoint left it.
-    before, metrics = {}, []
-    if not checkpoint:
-        if config.cold_start_steps and not config.eval_only:
-            say(f"cold start: {config.cold_start_steps} supervised steps")
-            cold_start(policy, new_optimizer(policy, config.cold_start_lr, 0.0, config), examples, config,
-                       plan, random.Random(config.seed))
-        before = evaluate(policy, heldout, scoring, config, plan)
-        say(f"held-out accuracy{'' if config.eval_only else ' before GRPO'}: {before['accuracy']:.3f}")
-        if config.eval_samples:
-            say(f"held-out pass@{config.eval_samples}: {before['pass_at_k']:.3f}")
-        if config.eval_only:
-            return {"recipe": config.recipe, "accuracy": before["accuracy"], "pass_at_k": before["pass_at_k"]}
-        folder.mkdir(parents=True)  # the first thing on disk: a run that can't start leaves nothing behind
     run = Run(
+        config, device, folder, policy, examples, heldout, scoring, plan,
         new_optimizer(policy, config.learning_rate, config.weight_decay, config),
-        memory.ReferencePolicy(policy.model) if config.beta > 0 else None,
-        generator, random.Random(config.seed), before,
+        memory.ReferencePolicy(policy.model) if config.beta > 0 and not config.eval_only else None,
+        torch.Generator(device).manual_seed(config.seed), random.Random(config.seed),
     )
     if checkpoint:
-        state = load_state(checkpoint)
-        run.load_state_dict(state)
-        for name in PLANNED:  # other sizes would draw and round differently
-            if getattr(config, name) is None:
-                setattr(plan, name, state["plan"][name])
-        del state  # its tensors were copied
-        set_aside_later_checkpoints(folder, run.step)
-        metrics = keep_lines_up_to(folder / "metrics.jsonl", run.step)
-        keep_lines_up_to(folder / "samples.jsonl", run.step)
+        run.load_state_dict(load_state(checkpoint))
         say(f"resumed after step {run.step} from {checkpoint}")
-    else:
-        run.note(before)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return run
 
+
+def grpo_step(run: Run, progress: tqdm | None = None) -> tuple[dict, list[Episode]]:
+    """One step of GRPO, start to end: its line of metrics.jsonl, and its episodes."""
+    config, step, started = run.config, run.step + 1, time.monotonic()
+
+    # Sample and score.
     sampling = {
         "group_size": config.group_size, "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature, "generator": generator, **scoring,
+        "temperature": config.temperature, "generator": run.generator, **run.scoring,
     }
+    episodes = sample_within_memory(run.policy, run.next_examples(), sampling, run.plan, progress)
+    sampled = time.monotonic()
+
+    # Advantages, among the answers that count.
+    kept = [e for e in episodes if e.completion.finished or not config.skip_truncated]
+    advantages = group_advantages(
+        torch.tensor([e.reward for e in kept], dtype=torch.float64),
+        torch.tensor([e.group for e in kept], dtype=torch.long),
+        config.advantage_std, config.advantage_eps,
+    )
+    for episode, advantage in zip(kept, advantages.tolist()):
+        episode.advantage = advantage
+    lessons = make_lessons(kept, config)
+
+    # Update.
+    rate = config.learning_rate
+    if config.lr_schedule == "linear":
+        rate *= 1 - (step - 1) / config.steps
+    set_learning_rate(run.optimizer, rate)
+    learned, skipped = {}, None
+    if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
+        learned, skipped = {"bad_updates": 1}, "sampled probabilities are not finite"
+    elif lessons:
+        learned = update(run.policy, run.reference, run.optimizer, lessons, config, run.plan, progress)
+    else:
+        skipped = f"nothing to learn: {'no group with spread' if kept else 'every answer truncated'}"
+    if run.reference and config.reference_every and step % config.reference_every == 0:
+        run.reference.refresh()
+    run.step = step
+    run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
+
+    return step_metrics(step, episodes, learned, skipped, rate) | {
+        "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
+        "update_tokens_per_second": sum(map(len, lessons)) / (time.monotonic() - sampled),
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory(run.device),
+    }, episodes
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if asked:
+            os._exit(128 + number)  # what is on disk is whole; no code of ours runs any more
+        asked.append(number)
+        warn("stopping after this step; a second time stops at once")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def saved_if_it_fails(run: Run) -> Iterator[None]:
+    """The steps so far are saved before an error in a reward or of memory ends the run."""
+    try:
+        yield
+    except (rewards.RewardError, memory.DoesNotFit):
+        run.save()
+        raise
+
+
+def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float) -> dict:
+    """The end of a run: the final model, its evaluation, the picture and the summary, which is returned."""
+    after = {"accuracy": None, "pass_at_k": None}
+    if stopped_by is None:
+        try:  # before the evaluation: what was trained is on disk first
+            save_final(run.policy, run.folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            saved = checkpoints(run.folder)
+            advice = f"make room, then --resume {run.folder}" if saved else "nothing could be saved"
+            raise InputError(f"{run.folder / 'final'} can't be written ({error}); {advice}") from error
+        after = run.evaluate()
+    if metrics:
+        draw_curves(metrics, run.evaluations, run.folder / "curves.png")
+    summary = {
+        "recipe": run.config.recipe, "accuracy_before": run.before["accuracy"],
+        "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory(run.device), "pass_at_k_before": run.before["pass_at_k"],
+        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
+    }
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if stopped_by is None:
+        say(side_by_side(run.before["shown"], after["shown"]))
+        say(report(summary, run.config, run.folder))
+    else:
+        say(f"stopped after step {run.step} ({stopped_by}); go on with --resume {run.folder}")
+    return summary
+
+
+def train(config: Config) -> dict:
+    """One run, start to end; returns its summary, which is also written to summary.json.
+
+    Raises InputError, rewards.RewardError or memory.DoesNotFit, each with a message for the user. A summary
+    with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
+    """
+    started = time.monotonic()
+    transformers.utils.logging.disable_progress_bar()  # the bars are ours
+    run = open_run(config)
+    if run.before is None:
+        if config.cold_start_steps and not config.eval_only:
+            say(f"cold start: {config.cold_start_steps} supervised steps")
+            cold_start(run.policy, new_optimizer(run.policy, config.cold_start_lr, 0.0, config), run.examples,
+                       config, run.plan, random.Random(config.seed))
+            if run.reference:
+                run.reference.refresh()
+        run.before = run.evaluate()
+        accuracy, pass_at_k = run.before["accuracy"], run.before["pass_at_k"]
+        say(f"held-out accuracy{'' if config.eval_only else ' before GRPO'}: {accuracy:.3f}")
+        if config.eval_samples:
+            say(f"held-out pass@{config.eval_samples}: {pass_at_k:.3f}")
+        if config.eval_only:
+            return {"recipe": config.recipe, "accuracy": accuracy, "pass_at_k": pass_at_k}
+        run.folder.mkdir(parents=True)  # the first thing on disk: a run that can't start leaves nothing
+    set_aside_later_checkpoints(run.folder, run.step)
+    metrics = keep_lines_up_to(run.folder / "metrics.jsonl", run.step)
+    keep_lines_up_to(run.folder / "samples.jsonl", run.step)
+    (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
     warned: set[str] = set()
     stopped_by: int | str | None = None
     quiet = not sys.stderr.isatty()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step, disable=quiet)
     inner = tqdm(leave=False, disable=quiet, delay=2)
-
-    def save() -> None:
-        state = {"config": dataclasses.asdict(config), "plan": {k: getattr(plan, k) for k in PLANNED},
-                 **run.state_dict()}
-        # While numbers go wrong, no checkpoint from before that is removed.
-        save_checkpoint(policy, state, folder, 0 if run.bad_steps else config.keep_checkpoints)
-
-    with stop_requests() as signals, saved_if_it_fails(save):
+    with stop_requests() as signals, saved_if_it_fails(run):
         for step in bar:
-            step_started = time.monotonic()
-
-            # Sample and score.
-            batch = run.next_examples(examples, config.prompts_per_step)
-            episodes = sample_within_memory(policy, batch, sampling, plan, inner)
-            sampled = time.monotonic()
-
-            # Advantages, among the answers that count.
-            kept = [e for e in episodes if e.completion.finished or not config.skip_truncated]
-            advantages = group_advantages(
-                torch.tensor([e.reward for e in kept], dtype=torch.float64),
-                torch.tensor([e.group for e in kept], dtype=torch.long),
-                config.advantage_std, config.advantage_eps,
-            )
-            for episode, advantage in zip(kept, advantages.tolist()):
-                episode.advantage = advantage
-            lessons = make_lessons(kept, config)
-
-            # Update.
-            rate = config.learning_rate
-            if config.lr_schedule == "linear":
-                rate *= 1 - (step - 1) / config.steps
-            set_learning_rate(run.optimizer, rate)
-            learned, skipped = {}, None
-            if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
-                learned, skipped = {"bad_updates": 1}, "sampled probabilities are not finite"
-            elif lessons:
-                learned = update(policy, run.reference, run.optimizer, lessons, config, plan, inner)
-            else:
-                why = "no group with spread" if kept else "every answer truncated"
-                skipped = f"nothing to learn: {why}"
-            if run.reference and config.reference_every and step % config.reference_every == 0:
-                run.reference.refresh()
-            run.step = step
-            run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
-
-            # Log.
-            record = step_metrics(step, episodes, learned, skipped, rate) | {
-                "sampling_tokens_per_second":
-                    sum(len(e.completion.ids) for e in episodes) / (sampled - step_started),
-                "update_tokens_per_second": sum(map(len, lessons)) / (time.monotonic() - sampled),
-                "seconds": time.monotonic() - step_started,
-                "peak_memory_bytes": peak_memory(device),
-            }
+            record, episodes = grpo_step(run, inner)
             metrics.append(record)
-            append_lines(folder / "metrics.jsonl", [record])
-            append_lines(folder / "samples.jsonl", sample_records(step, episodes))
+            append_lines(run.folder / "metrics.jsonl", [record])
+            append_lines(run.folder / "samples.jsonl", sample_records(step, episodes))
             show_step(bar, record, config.steps)
             warn_of_trouble(metrics, warned)
-
-            # Evaluate and save.
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                result = evaluate(policy, heldout, scoring, config, plan)
-                run.note(result)
-                tqdm.write(f"step {step}: held-out accuracy {result['accuracy']:.3f}")
+                tqdm.write(f"step {step}: held-out accuracy {run.evaluate()['accuracy']:.3f}")
             if run.bad_steps >= config.max_bad_steps:
                 stopped_by = "bad steps"
             elif signals:
                 stopped_by = signals[0]
+            asked_for = config.save_every and step % config.save_every == 0 and not run.bad_steps
+            if asked_for or stopped_by is not None:
+                run.save()
             if stopped_by is not None:
-                save()
                 break
-            if config.save_every and step % config.save_every == 0 and not run.bad_steps:
-                save()
         inner.close()
         bar.close()
-
-        after = {"accuracy": None, "pass_at_k": None}
-        if stopped_by is None:
-            try:  # before the evaluation: what was trained is on disk first
-                save_final(policy, folder)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                saved = checkpoints(folder)
-                advice = f"make room, then --resume {folder}" if saved else "nothing could be saved"
-                raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
-            after = evaluate(policy, heldout, scoring, config, plan)
-            run.note(after)
-        if metrics:
-            draw_curves(metrics, run.evaluations, folder / "curves.png")
-        summary = {
-            "recipe": config.recipe, "accuracy_before": run.before["accuracy"],
-            "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
-            "peak_memory_bytes": peak_memory(device), "pass_at_k_before": run.before["pass_at_k"],
-            "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
-        }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if stopped_by is None:
-            say(side_by_side(run.before["shown"], after["shown"]))
-            say(report(summary, config, folder))
-        else:
-            say(f"stopped after step {run.step} ({stopped_by}); go on with --resume {folder}")
-    return summary
+        return finish(run, metrics, stopped_by, started)
 
 
 # ------------------------------------------------------------------------------------------------------------
