@@ -46,18 +46,12 @@ def countdown_prompt(example: dict) -> list[dict]:
     """Countdown as nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`."""
     numbers = ", ".join(map(str, example["nums"]))
     return [
-        {
-            "role": "system",
-            "content": "You are a careful assistant. You reason in your head before you give the user the "
-            "answer.",
-        },
-        {
-            "role": "user",
-            "content": f"Combine the numbers {numbers} into an equation that equals {example['target']}. You "
-            "may use +, -, *, / and parentheses, and must use each number exactly once. Write your reasoning "
-            "inside <think> </think> tags and then the equation alone inside <answer> </answer> tags, for "
-            "example <answer>(1 + 2) / 3</answer>.",
-        },
+        {"role": "system", "content": "You are a careful assistant. You reason in your head before you give "
+         "the user the answer."},
+        {"role": "user", "content": f"Combine the numbers {numbers} into an equation that equals "
+         f"{example['target']}. You may use +, -, *, / and parentheses, and must use each number exactly "
+         "once. Write your reasoning inside <think> </think> tags and then the equation alone inside "
+         "<answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."},
         {"role": "assistant", "content": "I will work through this step by step.\n<think>"},
     ]
 
@@ -74,12 +68,9 @@ def mini_countdown_prompt(example: dict) -> list[dict]:
 def gsm8k_prompt(example: dict) -> list[dict]:
     """The gsm8k prompt of simple_GRPO: the model itself opens and closes both tags."""
     return [
-        {
-            "role": "system",
-            "content": "You help the user with a question. First think the steps through, then give the "
-            "final answer. Put the thinking inside <think> </think> tags and the answer inside <answer> "
-            "</answer> tags, like this: <think> your steps </think><answer> the answer </answer>.",
-        },
+        {"role": "system", "content": "You help the user with a question. First think the steps through, "
+         "then give the final answer. Put the thinking inside <think> </think> tags and the answer inside "
+         "<answer> </answer> tags, like this: <think> your steps </think><answer> the answer </answer>."},
         {"role": "user", "content": example["question"]},
     ]
 
@@ -101,23 +92,26 @@ PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
 }
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -> list[int]:
     """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
 
     A last message from the assistant stays open, so that the completion continues it; otherwise the template
-    opens a new assistant turn. A tokenizer without a template gets the messages' texts, one a line.
+    opens a new assistant turn. With `answered` the messages are a whole conversation, and nothing is opened.
+    A tokenizer without a template gets the messages' texts, one a line.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
-    is_open = prompt[-1]["role"] == "assistant"
+    is_open = prompt[-1]["role"] == "assistant" and not answered
     try:
         text = tokenizer.apply_chat_template(
-            prompt, tokenize=False, continue_final_message=is_open, add_generation_prompt=not is_open
+            prompt, tokenize=False, continue_final_message=is_open,
+            add_generation_prompt=not is_open and not answered,
         )
-    except jinja2.TemplateError as error:
-        raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({error}); "
+    except (jinja2.TemplateError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({reason}); "
                          "leave out the role it doesn't know, or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
@@ -176,13 +170,14 @@ def countdown_problems(count: int, seed: int) -> list[dict]:
         nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
         value = random_expression(nums, "+-*/", rng)[1]
         if value.denominator == 1 and 10 <= value <= 99:
-            problems.setdefault(countdown_key(nums, int(value)), {"nums": nums, "target": int(value)})
+            problem = {"nums": nums, "target": int(value)}
+            problems.setdefault(countdown_key(problem), problem)
     return list(problems.values())
 
 
-def countdown_key(nums: list[int], target: int) -> tuple:
+def countdown_key(problem: dict) -> tuple:
     """Two countdown problems are the same when this is: the order of the numbers makes no difference."""
-    return tuple(sorted(nums)), target
+    return tuple(sorted(problem["nums"])), problem["target"]
 
 
 def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -212,13 +207,8 @@ FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 
 
 def load_task(
-    task: str,
-    *,
-    dataset: str | None = None,
-    prompt_format: str | None = None,
-    train_examples: int,
-    eval_examples: int,
-    seed: int,
+    task: str, *, dataset: str | None = None, prompt_format: str | None = None, train_examples: int,
+    eval_examples: int, seed: int,
 ) -> tuple[list[dict], list[dict]]:
     """Training and held-out examples of a task, disjoint.
 
@@ -256,20 +246,14 @@ def load_task(
                 parts = {"reasoning" if prompt_format == "gsm8k-reasoning" else "think": example["reasoning"],
                          "answer": example["answer"]}
                 example["completion"] = "\n".join(f"<{tag}>{x}</{tag}>" for tag, x in parts.items())
-    held = {example_key(example) for example in heldout}
-    train = [example for example in train if example_key(example) not in held]
+    key = countdown_key if task == "countdown" else lambda example: json.dumps(example["prompt"])
+    held = {key(example) for example in heldout}
+    train = [example for example in train if key(example) not in held]
     if not train:
         raise InputError(f"--task {task}: nothing is left to train on beside {len(heldout)} held-out "
                          "examples; lower --eval-examples or bring more data")
     random.Random(seed).shuffle(train)
     return train[:train_examples], heldout
-
-
-def example_key(example: dict) -> tuple | str:
-    """Equal for examples that pose the same problem."""
-    if "nums" in example and "target" in example:
-        return countdown_key(example["nums"], example["target"])
-    return json.dumps(example["prompt"])
 
 
 def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int) -> tuple[list, list]:
@@ -365,10 +349,10 @@ def prepare_row(row: dict, task: str, where: str) -> dict:
 
 def demonstration(example: dict, rng: random.Random) -> str:
     """A completion to imitate in the cold start: the example's own, or a blind countdown attempt."""
-    if "nums" in example:
-        return countdown_demonstration(example, rng)
     if isinstance(example.get("completion"), str):
         return example["completion"]
+    if "nums" in example and "target" in example:
+        return countdown_demonstration(example, rng)
     raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
                      "from; add one, or drop the flag")
 
@@ -411,17 +395,10 @@ def tiny_policy(
     """A Qwen2 of a million random parameters and its tokenizer, made in memory: nothing to download."""
     tokenizer = tiny_tokenizer()
     config = transformers.Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=128,
-        intermediate_size=768,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=768,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
         initializer_range=0.08,  # with the usual 0.02 so small a model takes twice as long to learn its sums
     )
     with torch.random.fork_rng(devices=[]):
@@ -463,11 +440,12 @@ class RewardModel:
 
     def __init__(self, name: str, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
-        options = {"trust_remote_code": trust_remote_code}
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
             self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, **options
+                name, dtype=dtype, trust_remote_code=trust_remote_code
             ).eval()
         except Exception as error:
             raise cannot_load(f"--reward-model {name}", error) from error
@@ -497,11 +475,8 @@ class RewardModel:
 
     def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt + completion).input_ids
+            return encode_prompt(self.tokenizer, prompt + completion)
         if prompt[-1]["role"] == "assistant":  # the open turn is a part of the answer
             prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer("\n".join(message["content"] for message in messages)).input_ids
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return encode_prompt(self.tokenizer, messages, answered=True)

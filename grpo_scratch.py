@@ -39,6 +39,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import data
@@ -224,8 +225,10 @@ def check_config(config: Config) -> None:
             require(f.name, lambda x, choices=choices: x in choices, f"use one of {', '.join(choices)}")
     require("device", lambda x: x != "cuda" or torch.cuda.is_available(),
             "torch sees no CUDA device; use --device cpu, or check the driver")
-    require("prompt_format", lambda x: x in data.PROMPTS and Path(config.task).suffix not in data.FILE_TYPES,
-            f"with a built-in task, use one of {', '.join(data.PROMPTS)}")
+    formats = [name for name in data.PROMPTS if ("gsm8k" in name) == ("gsm8k" in config.task)]
+    require("prompt_format", lambda x: x in formats and Path(config.task).suffix not in data.FILE_TYPES,
+            f"with --task {config.task}, a built-in task, use one of {', '.join(formats)}"
+            if config.task in data.PROMPTS else "a file's prompts are used as they stand; drop it")
 
 
 def warn(message: str) -> None:
@@ -769,7 +772,7 @@ def update(
         if progress is not None:
             progress.reset(total=len(lessons))
         padding_share = in_micro_batches(lessons, plan, learn, start_over, progress)
-        sums["grad_norm"] = memory.clip_gradients(parameters, config.max_grad_norm or None)
+        sums["grad_norm"] = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         records.append({name: float(value) for name, value in sums.items()})
         if all(map(math.isfinite, records[-1].values())):
             optimizer.step()
@@ -866,7 +869,7 @@ def append_lines(path: Path, records: list[dict]) -> None:
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
     except OSError as error:
         warn(f"{path} can't be written ({error}); training goes on, these lines are lost")
         if path.exists():
@@ -1305,9 +1308,8 @@ def open_run(config: Config) -> Run:
         prompts=config.prompts_per_step, group_size=config.group_size, reference=config.beta > 0,
         memory_budget_bytes=int(given * 2**30) if given else memory.detect_budget_bytes(device),
         offload_optimizer=config.offload_optimizer, top_entropy=config.top_entropy, max_rows=config.max_rows,
-        updates_per_batch=config.updates_per_batch, micro_batch_tokens=config.micro_batch_tokens,
-        checkpointed_layers=config.checkpointed_layers, training=not config.eval_only,
-        trust_remote_code=config.trust_remote_code,
+        micro_batch_tokens=config.micro_batch_tokens, checkpointed_layers=config.checkpointed_layers,
+        training=not config.eval_only, trust_remote_code=config.trust_remote_code,
     )
     say_what_runs(config, device, dtype, policy, examples, heldout, scoring["weights"])
     say(plan.table())

@@ -22,27 +22,17 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # While imported on a CPU, bitsandbytes warns that a 4-bit kernel is missing; nothing here uses that kernel.
-_cpu_kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
-_cpu_kernels.setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
-
-_cpu_kernels.setLevel(logging.NOTSET)
 
 HEAD_WORKSPACE = 256 * 2**20  # bytes of logits that token_logprobs holds at a time
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
@@ -116,11 +106,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    chunk_size: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
     into_weight_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of its distribution, without ever holding n x V logits.
@@ -169,7 +155,7 @@ def plain_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         output.last_hidden_state = hidden
         return output
 
-    hidden, was_training = torch.zeros_like(weight), model.training  # stays so when another part is called
+    hidden, was_training = torch.zeros_like(weight[:1]), model.training  # stays so if it isn't called
     hook = backbone.register_forward_hook(replace_output)
     try:
         ids = torch.arange(3, device=weight.device)[None] % len(weight)
@@ -202,18 +188,6 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
     """
     for p in params:
         p.grad_dtype = torch.float32
-
-
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients in place to a global L2 norm of at most max_norm; None only measures.
-
-    Returns the norm before clipping, a 0-dim tensor: only reading it makes the host wait for the GPU.
-    """
-    params = list(params)
-    norm = get_total_norm([p.grad for p in params if p.grad is not None])
-    if max_norm is not None:
-        clip_grads_with_norm_(params, max_norm, norm)
-    return norm
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,19 +228,15 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        offload: bool = False,
+        self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, offload: bool = False,
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.offload = offload
         for p in self._params():
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"AdamW8bit: parameters must be bfloat16 or float32, not {p.dtype}")
+            p.data = p.data.contiguous()
 
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -291,7 +261,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
-        p.data = p.data.contiguous()
         resting = self.state[p]
         state = {
             k: x.to(p.device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in resting.items()
@@ -324,11 +293,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     def state_dict(self) -> dict:
         """As torch's optimizers give it: tensors, numbers, lists; torch.load(weights_only=True) reads it."""
-        saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
-        for i, state in saved["state"].items():
-            # qmap1 and qmap2, the 8-bit code, are the same constants for every parameter
-            saved["state"][i] = {k: x for k, x in state.items() if not k.startswith("qmap")}
-        return saved
+        return torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what state_dict() gave, bit for bit, onto a list of parameters like the one saved.
@@ -336,25 +301,19 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         Each tensor keeps its dtype (torch and the library cast to the parameter's: 8-bit moments to bf16).
         Raises ValueError when the state is of other parameters.
         """
-        saved = [state_dict["state"].get(i, {}) for g in state_dict["param_groups"] for i in g["params"]]
-        params = self._params()
-        groups, saved_groups = self.param_groups, state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        groups, params = state_dict["param_groups"], self._params()
+        saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(f"AdamW8bit: saved were {len(saved)} parameters, the model has {len(params)}")
         for i, (p, state) in enumerate(zip(params, saved)):
             half = p.dtype == torch.bfloat16
             if state and (state["state1"].shape, "remainder" in state) != (p.shape, half):
                 was = f"the saved state is not of a {p.dtype} parameter of shape {list(p.shape)}"
                 raise ValueError(f"AdamW8bit: parameter {i}: {was}; load the model and dtype that were saved")
-        for group, saved_group in zip(groups, saved_groups):
+        for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
         self.state.clear()
-        for p, state in zip(params, saved):
-            if state:
-                self.state[p] = self._rest(state, p)
-                if state["state1"].dtype == torch.uint8:
-                    self.state[p]["qmap1"] = self.name2qmap["dynamic"].to(p.device)
-                    self.state[p]["qmap2"] = self.name2qmap["udynamic"].to(p.device)
+        self.state.update({p: self._rest(state, p) for p, state in zip(params, saved) if state})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -433,8 +392,8 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
     return F.embedding(slots, output.flatten(2).flatten(0, 1))[None], None
 
 
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 def packed_hidden_states(
@@ -516,12 +475,9 @@ class ReferencePolicy:
         return torch.empty_like(p.data, device="cpu", pin_memory=p.is_cuda).copy_(p.data)
 
     def _trade(self, name: str, p: nn.Parameter) -> None:
-        if p.device.type == "cpu":
-            p.data, self.weights[name] = self.weights[name], p.data
-        else:  # out first, then in: nothing more on the GPU, so coming back can't fail for want of its memory
-            leaving = self._on_host(p)
-            p.data.copy_(self.weights[name], non_blocking=True)
-            self.weights[name] = leaving
+        leaving = self._on_host(p)  # out first, then in: coming back can't fail for want of GPU memory
+        p.data.copy_(self.weights[name], non_blocking=True)
+        self.weights[name] = leaving
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -545,9 +501,7 @@ class ReferencePolicy:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the current policy into the reference."""
-        self._check_resting()
-        for name, p in self.model.named_parameters():
-            self.weights[name].copy_(p)
+        self.load_state_dict(dict(self.model.named_parameters()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's weights by parameter name, on the host: the tensors themselves, no copies."""
@@ -636,23 +590,10 @@ class MemoryPlan:
 
 
 def plan(
-    model_config: PreTrainedConfig,
-    *,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    prompts: int,
-    group_size: int,
-    dtype: torch.dtype,
-    memory_budget_bytes: int,
-    offload_optimizer: bool = False,
-    reference: bool = False,
-    top_entropy: float = 1.0,
-    updates_per_batch: int = 1,
-    micro_batch_tokens: int | None = None,
-    checkpointed_layers: int | None = None,
-    max_rows: int | None = None,
-    training: bool = True,
-    trust_remote_code: bool = False,
+    model_config: PreTrainedConfig, *, prompt_tokens: int, max_new_tokens: int, prompts: int, group_size: int,
+    dtype: torch.dtype, memory_budget_bytes: int, offload_optimizer: bool = False, reference: bool = False,
+    top_entropy: float = 1.0, micro_batch_tokens: int | None = None, checkpointed_layers: int | None = None,
+    max_rows: int | None = None, training: bool = True, trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
@@ -666,7 +607,7 @@ def plan(
     asked = SimpleNamespace(**{key: value for key, value in locals().items() if key != "model_config"})
     config = model_config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
     asked.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
 
@@ -694,7 +635,7 @@ def plan(
 def _fastest(config: PreTrainedConfig, sizes: list[int], asked: SimpleNamespace) -> MemoryPlan:
     """The plan of least work among those that fit, or else the smallest one."""
     episode, episodes = asked.prompt_tokens + asked.max_new_tokens, asked.prompts * asked.group_size
-    most = max(episode, min(2**15, math.ceil(episodes / asked.updates_per_batch) * episode))
+    most = max(episode, min(2**15, episodes * episode))
     tokens = [asked.micro_batch_tokens or episode]
     if asked.micro_batch_tokens is None:
         tokens += [2**i for i in range(6, 16) if episode < 2**i < most] + [most]
@@ -788,8 +729,8 @@ def keep_freed_memory() -> None:
 
 
 def detect_budget_bytes(device: torch.device | str) -> int:
-    """Bytes that tensors may take on a device: what is free or ours already, less 5% for the allocator's
-    fragments on CUDA (whose context is in place by then), less 20% on a CPU, where others need memory too.
+    """Bytes that tensors may take on a device. With CUDA what is free or ours already, less 5% for the
+    allocator's fragments (the context is in place by then); on a CPU what is free, less 20% for others.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -818,16 +759,12 @@ def main() -> int:
     settings = vars(parser.parse_args())
     model, gib, dtype = (settings.pop(key) for key in ("model", "budget_gib", "dtype"))
     settings |= {"dtype": getattr(torch, dtype), "memory_budget_bytes": int(gib * 2**30)}
+    what = "neither a folder with a config nor a readable hub id: "
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        print(f"{model}: neither a folder with a config nor a readable hub id ({why})", file=sys.stderr)
-        return 2
-    try:
+        config, what = transformers.AutoConfig.from_pretrained(model), ""
         print(plan(config, reference=True, **settings).table())
-    except ValueError as error:  # DoesNotFit, or a config that is no causal LM's
-        print(f"{model}: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (OSError, ValueError) as error:  # no config, DoesNotFit, or a config that is no causal LM's
+        print(f"{model}: {what}{str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

@@ -177,7 +177,7 @@ def compare_on_cpu(size: str, micro_batch_rows: list[int], sampler_rows: list[in
         plan = make_plan(size)
         optimizer = memory.AdamW8bit(params, lr=1e-6)
         with LiveBytes(*params, *grads) as live:
-            memory.clip_gradients(params, 1.0)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
         state = plan.remainder + plan.moments
         line("optimizer's state", state, live.now - plan.weights - plan.gradients)
@@ -213,7 +213,7 @@ def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
                 memory.token_logprobs(hidden.flatten(0, 1), head, episodes[batch][:, PROMPT:].flatten())
         for batch in batches:
             micro_batch(model, backbone, head, episodes[batch], plan.checkpointed_layers, 0.2)
-        memory.clip_gradients(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report(f"step {step}: reference and update", plan.update_peak_bytes)

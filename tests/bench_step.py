@@ -2,14 +2,15 @@
 
     python -m venv trl-env && trl-env/bin/pip install trl        # once: an environment of its own
     python tests/bench_step.py --python trl-env/bin/python       # under a minute on two cores
-    python tests/bench_step.py --python trl-env/bin/python --model Qwen/Qwen2.5-0.5B-Instruct --rows 8
+    python tests/bench_step.py --python trl-env/bin/python --model random-0.5b --rows 8 --budget-gib 11
 
-Both load the same saved model (default: the embedded policy), sample 32 prompts x 8 answers of at most 28
-tokens at temperature 1, decode them, give them random rewards, so that groups have spread and no side leaves
-an answer out, and make one AdamW step on the DAPO loss without KL. TRL logs and saves nothing; on a CPU it
-runs in float32 without checkpointing, as this project does, with CUDA by its defaults. Memory is the
-process's largest resident size, or with CUDA the most that tensors took. Each side runs in a process of its
-own; figures are medians of the steps after two of warm-up.
+Both load the same saved model (default: the embedded policy; random-0.5b: Qwen2.5-0.5B's shape and prompts of
+150 tokens), sample 32 prompts x 8 answers of at most 28 tokens at temperature 1, decode them, give them random
+rewards, so that groups have spread and no side leaves an answer out, and make one AdamW step on the DAPO loss
+without KL. TRL logs and saves nothing; on a CPU it runs in float32 without checkpointing, as this project does
+where the budget allows, with CUDA by its defaults. Memory is the process's largest resident size, or with CUDA
+the most that tensors took. Each side runs in a process of its own; figures are medians of the steps after two
+of warm-up.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-PROMPTS, GROUP, RATE, WARM_UP = 32, 8, 1e-5, 2
+GROUP, RATE, WARM_UP = 8, 1e-5, 2
 PARTS = [
     "sampling",
     "forward",
@@ -88,7 +89,7 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
         memory.keep_freed_memory()
     config = grpo.make_config(
         "tiny",
-        prompts_per_step=PROMPTS,
+        prompts_per_step=asked.prompts,
         group_size=GROUP,
         skip_truncated=False,
         max_new_tokens=asked.new_tokens,
@@ -100,10 +101,12 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
         policy.model.config,
         prompt_tokens=longest,
         max_new_tokens=asked.new_tokens,
-        prompts=PROMPTS,
+        prompts=asked.prompts,
         group_size=GROUP,
         dtype=dtype,
-        memory_budget_bytes=int(memory.detect_budget_bytes(device)),
+        memory_budget_bytes=(
+            int(asked.budget_gib * 2**30) if asked.budget_gib else memory.detect_budget_bytes(device)
+        ),
         micro_batch_tokens=None if asked.model else config.micro_batch_tokens,
     )
     memory.sum_gradients_in_fp32(policy.model.parameters())
@@ -117,11 +120,11 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(optimizer, "step", "optimizer")
     watch.start()
-    for i in range(0, len(examples), PROMPTS):
+    for i in range(0, len(examples), asked.prompts):
         episodes = grpo.rollout(
             policy.model,
             policy.tokenizer,
-            examples[i : i + PROMPTS],
+            examples[i : i + asked.prompts],
             {},
             group_size=GROUP,
             generator=generator,
@@ -164,14 +167,14 @@ def run_trl(folder: str, examples: list[dict], asked) -> Stopwatch:
         def on_step_end(self, *args, **kwargs):
             watch.step_ends(tokens[-1])
 
-    rows = asked.rows or PROMPTS * GROUP
+    rows = asked.rows or asked.prompts * GROUP
     config = GRPOConfig(
         output_dir=str(Path(folder) / "trl"),
-        max_steps=len(examples) // PROMPTS,
+        max_steps=len(examples) // asked.prompts,
         learning_rate=RATE,
         lr_scheduler_type="constant",
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=PROMPTS * GROUP // rows,
+        gradient_accumulation_steps=asked.prompts * GROUP // rows,
         num_generations=GROUP,
         max_completion_length=asked.new_tokens,
         temperature=1.0,
@@ -230,22 +233,20 @@ def save_inputs(folder: str, asked) -> None:
 
     import data
 
-    if asked.model:
-        model, tokenizer = data.load_policy(asked.model, dtype=torch.bfloat16, device="cpu")
+    wanted = (WARM_UP + asked.steps) * asked.prompts
+    if asked.model == "random-0.5b":
+        from bench_memory import qwen
+        from transformers import AutoModelForCausalLM
+
+        model, tokenizer = AutoModelForCausalLM.from_config(qwen("0.5b")), data.tiny_tokenizer()
+        examples = [{"prompt": f"{i:>150}"} for i in range(wanted)]  # a token for each character
     else:
-        model, tokenizer = data.tiny_policy(seed=0)
+        task = "countdown" if asked.model else "mini-countdown"
+        model, tokenizer = data.load_policy(asked.model or "embedded", dtype=torch.float32, device="cpu")
+        examples, _ = data.load_task(task, train_examples=wanted, eval_examples=1, seed=0)
+        examples = [examples[i % len(examples)] for i in range(wanted)]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    steps = WARM_UP + asked.steps
-    examples = data.load_task(
-        "countdown" if asked.model else "mini-countdown",
-        dataset=None,
-        prompt_format=None,
-        train_examples=steps * PROMPTS,
-        eval_examples=1,
-        seed=0,
-    )[0]
-    examples = [examples[i % len(examples)] for i in range(steps * PROMPTS)]
     (Path(folder) / "examples.json").write_text(json.dumps(examples))
 
 
@@ -264,7 +265,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", default=sys.executable, help="of the environment that has TRL")
-    parser.add_argument("--model", help="hub id or folder; default: the embedded tiny policy")
+    parser.add_argument("--model", help="random-0.5b, hub id or folder; default: the embedded tiny policy")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts a step, each with 8 answers")
+    parser.add_argument("--budget-gib", type=float, help="memory that this project plans for")
     parser.add_argument("--new-tokens", type=int, default=28, help="length limit of an answer")
     parser.add_argument("--rows", type=int, help="answers in a forward pass of TRL's update; default: all")
     parser.add_argument("--steps", type=int, default=7, help="measured steps, after two of warm-up")

@@ -108,7 +108,8 @@ def test_gsm8k_demonstrations_have_the_tags_of_their_prompt(tmp_path):
 
 
 def test_demonstrations_of_other_tasks_are_their_own_completions():
-    assert data.demonstration({"completion": "so 4", "prompt": "2+2?"}, random.Random(0)) == "so 4"
+    own = {"completion": "so 4", "prompt": "2+2?", "nums": [2, 2]}
+    assert data.demonstration(own, random.Random(0)) == "so 4"
     with pytest.raises(InputError, match="`completion` column"):
         data.demonstration({"prompt": "2+2?"}, random.Random(0))
 
@@ -184,7 +185,7 @@ def test_countdown_comes_from_a_local_copy_of_the_dataset(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     for source in (tmp_path, tmp_path / "train.parquet"):
         train, heldout = load("countdown", dataset=str(source), eval_examples=4)
-        keys = [{data.countdown_key(e["nums"], e["target"]) for e in part} for part in (train, heldout)]
+        keys = [{data.countdown_key(e) for e in part} for part in (train, heldout)]
         assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 8
         assert str(heldout[0]["target"]) in heldout[0]["prompt"][1]["content"]
 
@@ -280,3 +281,14 @@ def test_a_model_that_cant_be_had_is_refused(tmp_path, qwen2_folder):
     ):
         with pytest.raises(InputError, match=told):
             data.load_policy(str(model), dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ raise_exception('no such role') }}", "{% for m in messages %}{{ m.role }}{% endfor %}",
+])
+def test_a_template_that_cannot_take_the_messages_is_told(template):
+    tokenizer = data.tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(data.InputError, match="template refuses") as refusal:
+        data.encode_prompt(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert "\n" not in str(refusal.value)

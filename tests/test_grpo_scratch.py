@@ -50,6 +50,8 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"dtype": "float16"}, "auto, bfloat16, float32"), ({"grop_size": 8}, "no such setting"),
     ({"clip_low": 1.5}, "at most 1"), ({"adam_betas": [0.9]}, "two numbers"),
     ({"learning_rate": math.nan}, "at least 0"), ({"prompt_format": "poem"}, "countdown"),
+    ({"task": "gsm8k", "prompt_format": "countdown"}, "--task gsm8k.*use one of gsm8k, gsm8k-reasoning"),
+    ({"task": "mine.csv", "prompt_format": "gsm8k"}, "as they stand"),
     ({"beta": -1.0}, "at least 0"), ({"advantage_std": "pop"}, "use one of population, sample, none"),
     ({"aggregation": "mean"}, "token, sequence, constant"), ({"lr_schedule": "lin"}, "constant, linear"),
 ])

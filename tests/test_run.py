@@ -1,5 +1,6 @@
 """Whole runs: what is printed, what is on disk, what is refused."""
 
+import datetime
 import fcntl
 import gc
 import json
@@ -443,6 +444,11 @@ def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_
     assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
     after = weights_of(tmp_path / "run" / "checkpoint-1")
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_columns_that_are_not_json_are_written_as_text(tmp_path):
+    g.append_lines(tmp_path / "samples.jsonl", [{"day": datetime.date(2026, 11, 21)}])  # from a parquet file
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"day": "2026-11-21"}
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsys):
