@@ -38,8 +38,7 @@ def cannot_load(what: str, error: Exception) -> InputError:
                       "local folder, or the id and the network for the hub")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompt formats: example -> text, or chat messages; a last message from the assistant is a turn left open.
+# ---- Prompt formats: example -> text, or chat messages; a last message from the assistant is a turn left open. 
 
 
 def countdown_prompt(example: dict) -> list[dict]:
@@ -116,8 +115,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Countdown: reach the target from the given numbers, each used exactly once.
+# ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
 
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -200,8 +198,7 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], lis
     return [p for p in problems[eval_examples:] if sorted(p["nums"]) != last], heldout
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Loading
+# ---- Loading -----------------------------------------------------------------------------------------------
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -357,8 +354,7 @@ def demonstration(example: dict, rng: random.Random) -> str:
                      "from; add one, or drop the flag")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Policies
+# ---- Policies ----------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% if not loop.last or "

@@ -26,7 +26,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -47,8 +47,7 @@ import memory
 import rewards
 from data import InputError
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings
+# ---- Settings ----------------------------------------------------------------------------------------------
 
 
 def flag(default, text: str):
@@ -231,16 +230,32 @@ def check_config(config: Config) -> None:
             if config.task in data.PROMPTS else "a file's prompts are used as they stand; drop it")
 
 
+def say(message: str = "", file=None) -> None:
+    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run."""
+    try:
+        tqdm.write(message, file=file)
+        (file or sys.stdout).flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
 def warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}", sys.stderr)
 
 
-def say(message: str = "") -> None:
-    print(message, flush=True)
+@dataclass
+class Policy:
+    """The model that learns, with what sampling and the loss need of it."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    backbone: torch.nn.Module  # token ids -> hidden states
+    head: Tensor  # [V, H]: hidden states -> logits
+    stops: list[int]  # token ids that end an answer
+    pad_token_id: int
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling: token ids in, token ids out
+# ---- Sampling: token ids in, token ids out -----------------------------------------------------------------
 
 
 @dataclass
@@ -258,54 +273,46 @@ class RowCache(transformers.Cache):
     """Keys and values of all live rows, allocated once and written in place.
 
     All rows write the same column at each step; a row admitted late has its prompt placed so that it ends at
-    the current column. Positions are rotated into the keys before they arrive, so a column has no meaning of
-    its own.
+    the current column. Positions are rotated into the keys (RoPE) before they arrive, so a column has no
+    meaning of its own.
     """
 
     def __init__(self, rows: int, columns: int):
         super().__init__(layers=[])
         self.rows, self.columns = rows, columns
-        self.keys: list[Tensor] = []  # one [rows, KV heads, columns, head size] a layer
-        self.values: list[Tensor] = []
+        self.buffers: list[Tensor] = []  # keys, then values of each layer: [rows, KV heads, columns, size]
         self.live = 0  # rows in use, always the first ones
         self.column = 0  # where the next token goes
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Called by the attention layers with one new token for each live row."""
-        end = self.column + 1
-        self.keys[layer_idx][: self.live, :, self.column : end] = key_states
-        self.values[layer_idx][: self.live, :, self.column : end] = value_states
-        return self.keys[layer_idx][: self.live, :, :end], self.values[layer_idx][: self.live, :, :end]
+        seen = [x[: self.live, :, : self.column + 1] for x in self.buffers[2 * layer_idx :][:2]]
+        for buffer, new in zip(seen, (key_states, value_states)):
+            buffer[:, :, -1:] = new
+        return seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.column
 
     def place(self, prefilled: transformers.DynamicCache, source: Tensor, rows: Tensor) -> None:
         """Copy prompt `source[i]` of a prefilled cache into row `rows[i]`, ending at the current column."""
-        if not self.keys:
-            for layer in prefilled.layers:
-                _, heads, _, size = layer.keys.shape
-                self.keys.append(layer.keys.new_zeros(self.rows, heads, self.columns, size))
-                self.values.append(
-                    layer.values.new_zeros(self.rows, heads, self.columns, layer.values.shape[-1])
-                )
-        for layer, keys, values in zip(prefilled.layers, self.keys, self.values):
-            start = self.column - layer.keys.shape[2]
-            keys[rows, :, start : self.column] = layer.keys[source]
-            values[rows, :, start : self.column] = layer.values[source]
+        filled = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
+        if not self.buffers:
+            self.buffers = [x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in filled]
+        for buffer, x in zip(self.buffers, filled):
+            buffer[rows, :, self.column - x.shape[2] : self.column] = x[source]
 
     def shrink(self, live: int, gaps: Tensor, movers: Tensor) -> None:
         """Keep `live` rows: `gaps`, all below that, are overwritten by `movers`, all above it."""
-        for buffer in self.keys + self.values:
+        for buffer in self.buffers:
             buffer[gaps, :, : self.column] = buffer[movers, :, : self.column]
         self.live = live
 
     def forget(self, columns: int) -> None:
         """Drop the first `columns` columns, which no unfinished row can see."""
-        for buffer in self.keys + self.values:
-            buffer[: self.live, :, : self.column - columns] = (
-                buffer[: self.live, :, columns : self.column].clone()
-            )
+        for buffer in self.buffers:
+            live = buffer[: self.live, :, : self.column]
+            live[:, :, :-columns] = live[:, :, columns:].clone()
         self.column -= columns
 
 
@@ -339,10 +346,7 @@ def choose_tokens(logits: Tensor, temperature: float, generator=None) -> tuple[T
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     # Logits that are not numbers draw any token; its log-probability stays NaN, which tells on the step.
     probabilities = logprobs.exp().nan_to_num_(nan=1.0)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        tokens = draw(probabilities, generator)
+    tokens = draw(probabilities, generator) if temperature else logits.argmax(-1)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), torch.special.entr(probabilities).sum(-1)
 
 
@@ -352,17 +356,9 @@ CHECK_EVERY = {"cuda": 8}
 
 @torch.no_grad()
 def sample(
-    model,
-    prompts: list[list[int]],
-    *,
-    group_size: int = 1,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    eos_token_id: int | list[int],
-    pad_token_id: int,
-    generator: torch.Generator | None = None,
-    max_rows: int | None = None,
-    progress: tqdm | None = None,
+    model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
+    eos_token_id: int | list[int], pad_token_id: int, generator: torch.Generator | None = None,
+    max_rows: int | None = None, progress: tqdm | None = None,
 ) -> list[Completion]:
     """`group_size` completions of each prompt, prompt after prompt.
 
@@ -387,7 +383,7 @@ def sample(
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
     check_every = CHECK_EVERY.get(device.type, 1)
 
-    # What was sampled, by episode; finished rows go on writing into the last column until they are removed.
+    # What was sampled, by episode; finished rows go on writing, into the last column, until they are removed.
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
@@ -397,7 +393,7 @@ def sample(
     episode, token, position, start = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
     done = torch.ones(rows, dtype=torch.bool, device=device)
 
-    def write_down(where: Tensor | slice, logits: Tensor) -> None:
+    def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
         token[where], logprob, entropy = choose_tokens(logits, temperature, generator)
         who, stopped = episode[where], done[where]
@@ -407,71 +403,79 @@ def sample(
         finished[who] |= ~stopped & torch.isin(token[where], stops)
         done[where] = stopped | finished[who] | (lengths[who] == max_new_tokens)
 
+    def admit(first: int, count: int) -> None:
+        """Prefill the prompts of `count` episodes into free rows, and draw their first tokens."""
+        free = done.nonzero().squeeze(1)[:count]
+        chosen = torch.arange(first, first + count, device=device)
+        source = chosen // group_size - first // group_size
+        batch = prompts[first // group_size : (first + count - 1) // group_size + 1]
+        prefilled, visible, logits = prefill(model, batch, pad_token_id)
+        cache.live = max(cache.live, int(free.max()) + 1)
+        cache.place(prefilled, source, free)
+        del prefilled  # its memory is the decoding's
+        mask[free] = blocked
+        mask[free, cache.column - visible.shape[1] : cache.column] = (
+            torch.where(visible, 0, blocked)[source].to(mask.dtype)
+        )
+        position[free] = visible.sum(1)[source]
+        start[free] = cache.column - position[free]
+        episode[free], done[free] = chosen, False
+        record(free, logits[source])
+
+    def close_gaps(live: int) -> None:
+        """Let the `live` rows that go on be the first ones."""
+        gaps = done[:live].nonzero().squeeze(1)
+        movers = live + (~done[live : cache.live]).nonzero().squeeze(1)
+        for state in (mask, episode, token, position, start, done):
+            state[gaps] = state[movers]
+        done[live:] = True
+        cache.shrink(live, gaps, movers)
+
+    def forget_columns() -> None:
+        """Drop columns that only finished rows see; a waiting prompt can still end at the current one."""
+        unseen = min(int(start[~done].min()), cache.column - longest)
+        mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
+        cache.forget(unseen)
+        start.sub_(unseen)
+
     admitted = 0
     for step in itertools.count():
         if step % check_every == 0 or cache.column == cache.columns:
-            busy = int((~done[: cache.live]).sum())
-            waiting = total - admitted
+            unfinished = int((~done[: cache.live]).sum())
+            room = min(rows - unfinished, total - admitted)
             # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
-            if waiting and rows - busy >= min(waiting, max(1, rows // 8)):
-                free = done.nonzero().squeeze(1)[:waiting]
-                chosen = torch.arange(admitted, admitted + len(free), device=device)
-                first = admitted // group_size
-                batch = prompts[first : (admitted + len(free) - 1) // group_size + 1]
-                prefilled, visible, logits = prefill(model, batch, pad_token_id)
-                source = chosen // group_size - first
-                cache.live = max(cache.live, int(free.max()) + 1)
-                cache.place(prefilled, source, free)
-                del prefilled  # its memory is the decoding's
-                mask[free] = blocked
-                mask[free, cache.column - visible.shape[1] : cache.column] = (
-                    torch.where(visible, 0, blocked)[source].to(mask.dtype)
-                )
-                position[free] = visible.sum(1)[source]
-                start[free] = cache.column - position[free]
-                episode[free], done[free] = chosen, False
-                admitted += len(free)
-                write_down(free, logits[source])
+            if room and room >= min(total - admitted, max(1, rows // 8)):
+                admit(admitted, room)
+                admitted += room
                 continue
-            if not busy:
+            if not unfinished:
                 break
-            if not waiting and busy < cache.live:
-                gaps = done[:busy].nonzero().squeeze(1)
-                movers = busy + (~done[busy : cache.live]).nonzero().squeeze(1)
-                for state in (mask, episode, token, position, start, done):
-                    state[gaps] = state[movers]
-                done[busy:] = True
-                cache.shrink(busy, gaps, movers)
+            if admitted == total and unfinished < cache.live:
+                close_gaps(unfinished)
             if progress is not None:
-                progress.update(admitted - busy - progress.n)
+                progress.update(admitted - unfinished - progress.n)
         if cache.column == cache.columns:
-            # At least `longest` columns stay, so that any waiting prompt can end at the current one.
-            unseen = min(int(start[~done].min()), cache.column - longest)
-            mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
-            cache.forget(unseen)
-            start -= unseen
+            forget_columns()
         live = slice(cache.live)
         mask[live, cache.column] = 0
         logits = model(
-            token[live, None],
-            attention_mask=mask[live, None, None, : cache.column + 1],
-            position_ids=position[live, None],
-            past_key_values=cache,
-            use_cache=True,
+            token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
+            position_ids=position[live, None], past_key_values=cache, use_cache=True,
         ).logits[:, -1]
         cache.column += 1
         position += ~done  # a finished row's would run past the context
-        write_down(live, logits)
+        record(live, logits)
     return [
-        Completion(i[:n], lp[:n], h[:n], done)
-        for i, lp, h, n, done in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
+        Completion(i[:n], lp[:n], h[:n], ended)
+        for i, lp, h, n, ended in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
     ]
 
 
 def refuse_short_windows(config, tokens: int) -> None:
     """Raises InputError when the model's attention doesn't reach over `tokens` tokens, as `sample` needs."""
-    types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
+    default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
+    types = set(getattr(config, "layer_types", None) or [default])
     if types - {"full_attention", "sliding_attention"} or (
         "sliding_attention" in types and (window or 0) < tokens
     ):
@@ -481,8 +485,7 @@ def refuse_short_windows(config, tokens: int) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From answers to numbers: rewards, advantages, token weights
+# ---- From answers to numbers: rewards, advantages, token weights -------------------------------------------
 
 
 @dataclass
@@ -499,30 +502,57 @@ class Episode:
     advantage: float = 0.0
 
 
+def halving_until_it_fits(attempt, plan, setting: str, least: int, start_over=lambda: None):
+    """attempt()'s result; when the GPU's memory runs out, start_over() and again with half the `setting`."""
+    while True:
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            if getattr(plan, setting) <= least:
+                raise memory.DoesNotFit(
+                    f"out of memory with {setting.replace('_', ' ')} at {least}, the least; try a shorter "
+                    "--max-new-tokens, --offload-optimizer or a smaller --model. The plan was:\n"
+                    + plan.table()
+                ) from error
+        # Outside the handler, because the exception holds on to the failed attempt's tensors.
+        setattr(plan, setting, max(getattr(plan, setting) // 2, least))
+        warn(f"out of memory; again with {setting.replace('_', ' ')} at {getattr(plan, setting)}")
+        start_over()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def rollout(
-    model, tokenizer, examples: list[dict], weights: dict[str, float], *, reward_model=None,
-    reward_model_weight: float = 1.0, progress=None, **sampling,
+    policy: Policy, examples: list[dict], scoring: dict, plan: memory.MemoryPlan, *, group_size: int = 1,
+    progress=None, **sampling,
 ) -> list[Episode]:
-    """Sample answers to the examples, score them: `weights` for `rewards.score`, `sampling` for `sample`."""
-    group_size = sampling.get("group_size", 1)
+    """Sample answers to the examples, as many rows at a time as the memory allows, and score them.
+
+    scoring: `weights` for `rewards.score`, and perhaps `reward_model` and its `reward_model_weight`.
+    """
     prompts = [example["prompt_ids"] for example in examples]
-    completions = sample(model, prompts, progress=progress, **sampling)
-    stops = sampling["eos_token_id"]
+
+    def attempt() -> list[Completion]:
+        if progress is not None:
+            progress.reset(total=len(prompts) * group_size)
+        return sample(policy.model, prompts, group_size=group_size, eos_token_id=policy.stops,
+                      pad_token_id=policy.pad_token_id, max_rows=plan.max_rows, progress=progress, **sampling)
+
     episodes = []
-    for i, completion in enumerate(completions):
+    for i, completion in enumerate(halving_until_it_fits(attempt, plan, "max_rows", 1)):
         group = i // group_size
-        ids = completion.ids[:-1] if completion.finished and completion.ids[-1] in stops else completion.ids
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        reward, parts = rewards.score(text, examples[group], weights)
+        ids = completion.ids[:-1] if completion.finished else completion.ids  # without the EOS
+        text = policy.tokenizer.decode(ids, skip_special_tokens=False)
+        reward, parts = rewards.score(text, examples[group], scoring["weights"])
         episodes.append(Episode(examples[group], group, prompts[group], completion, text, reward, parts))
-    if reward_model is not None:
-        scores = reward_model.scores([(e.example["prompt"], e.text) for e in episodes])
+    if "reward_model" in scoring:
+        scores = scoring["reward_model"].scores([(e.example["prompt"], e.text) for e in episodes])
         if not all(map(math.isfinite, scores)):
             raise rewards.RewardError("--reward-model: it gave a score that is not a finite number; try "
                                       "--dtype float32, or another model")
         for episode, score in zip(episodes, scores):
             episode.parts["reward_model"] = score
-            episode.reward += reward_model_weight * score
+            episode.reward += scoring["reward_model_weight"] * score
     return episodes
 
 
@@ -586,19 +616,12 @@ def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
     return entropies >= entropies.kthvalue(rank + 1).values
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss ----------------------------------------------------------------------------------------------
 
 
 def grpo_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    beta: float = 0.0,
+    logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss over tokens, all arguments of any one shape: (0-dim loss, stats).
 
@@ -624,8 +647,7 @@ def grpo_loss(
     return -(weights * surrogate).sum(), stats
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The update
+# ---- The update --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -662,7 +684,7 @@ def make_lessons(episodes: list[Episode], config: Config) -> list[Lesson]:
 
 
 def lesson_logprobs(
-    policy, lessons: list[Lesson], temperature: float, checkpointed_layers: int | None = 0
+    policy: Policy, lessons: list[Lesson], temperature: float, checkpointed_layers: int | None = 0
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) of the tokens that count, one lesson after the other.
 
@@ -678,29 +700,10 @@ def lesson_logprobs(
         targets = [torch.tensor(x.completion)[x.counted] for x in lessons]
         where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
         # The head's gradient goes straight into head.grad: one tensor of its size less.
-        return memory.token_logprobs(
-            hidden[where], policy.head, targets, temperature, into_weight_grad=learning
-        )
-
-
-def within_memory(attempt, plan, setting: str, least: int, start_over=lambda: None):
-    """attempt()'s result; when the GPU's memory runs out, start_over() and again with half the `setting`."""
-    while True:
-        try:
-            return attempt()
-        except torch.OutOfMemoryError as error:
-            if getattr(plan, setting) <= least:
-                raise memory.DoesNotFit(
-                    f"out of memory with {setting.replace('_', ' ')} at {least}, the least; try a shorter "
-                    "--max-new-tokens, --offload-optimizer or a smaller --model. The plan was:\n"
-                    + plan.table()
-                ) from error
-        # Outside the handler, because the exception holds on to the failed attempt's tensors.
-        setattr(plan, setting, max(getattr(plan, setting) // 2, least))
-        warn(f"out of memory; again with {setting.replace('_', ' ')} at {getattr(plan, setting)}")
-        start_over()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        # An embedding, because a prompt's last position comes up for each answer: indexing would add up their
+        # gradients in the order in which threads arrive.
+        hidden = torch.nn.functional.embedding(where, hidden)
+        return memory.token_logprobs(hidden, policy.head, targets, temperature, into_weight_grad=learning)
 
 
 def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=None) -> float:
@@ -715,11 +718,12 @@ def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=Non
                 progress.update(len(batch))
         return 1 - sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
-    return within_memory(attempt, plan, "micro_batch_tokens", max(lengths), start_over)
+    return halving_until_it_fits(attempt, plan, "micro_batch_tokens", max(lengths), start_over)
 
 
 def update(
-    policy, reference, optimizer, lessons: list[Lesson], config: Config, plan, progress=None
+    policy: Policy, reference: memory.ReferencePolicy | None, optimizer, lessons: list[Lesson],
+    config: Config, plan: memory.MemoryPlan, progress=None,
 ) -> dict:
     """`updates_per_batch` optimizer steps on one batch of lessons; returns metrics: means over the updates,
     and with several of them `updates`, one record each.
@@ -758,7 +762,7 @@ def update(
         for name, value in {"loss": loss.detach(), **{k: share * v for k, v in stats.items()}}.items():
             sums[name] = sums.get(name, 0) + value
 
-    def start_over() -> None:
+    def clear() -> None:
         optimizer.zero_grad(set_to_none=True)
         sums.clear()
 
@@ -767,22 +771,19 @@ def update(
     if reference is not None:
         with reference.swapped_in():
             store_logprobs("ref_logprobs")
-    records, bad_updates = [], 0
+    records = []
     for _ in range(config.updates_per_batch):
         if progress is not None:
             progress.reset(total=len(lessons))
-        padding_share = in_micro_batches(lessons, plan, learn, start_over, progress)
+        padding_share = in_micro_batches(lessons, plan, learn, clear, progress)
         sums["grad_norm"] = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        records.append({name: float(value) for name, value in sums.items()})
-        if all(map(math.isfinite, records[-1].values())):
+        record = {name: float(value) for name, value in sums.items()}
+        records.append({k: x if math.isfinite(x) else None for k, x in record.items()})  # JSON has no NaN
+        if None not in records[-1].values():
             optimizer.step()
-        else:
-            bad_updates += 1
-        start_over()
-    # JSON has no NaN.
-    records = [{k: x if math.isfinite(x) else None for k, x in record.items()} for record in records]
-    metrics = {"padding_share": padding_share, "bad_updates": bad_updates,
-               "updates": records if len(records) > 1 else None}
+        clear()
+    metrics = {"padding_share": padding_share, "updates": records if len(records) > 1 else None,
+               "bad_updates": sum(None in record.values() for record in records)}
     for name in ("loss", "kl", "clip_fraction", "grad_norm"):
         values = [record[name] for record in records if record.get(name) is not None]
         metrics[name] = sum(values) / len(values) if values else None
@@ -816,35 +817,23 @@ def set_learning_rate(optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def sample_within_memory(policy, examples: list[dict], sampling: dict, plan, progress=None) -> list[Episode]:
-    """A rollout with as many rows at a time as the memory allows."""
-    def attempt() -> list[Episode]:
-        if progress is not None:
-            progress.reset(total=len(examples) * sampling.get("group_size", 1))
-        return rollout(policy.model, policy.tokenizer, examples, progress=progress, max_rows=plan.max_rows,
-                       eos_token_id=policy.stops, pad_token_id=policy.pad_token_id, **sampling)
-
-    return within_memory(attempt, plan, "max_rows", 1)
+# ---- Evaluation --------------------------------------------------------------------------------------------
 
 
 def evaluate(policy, examples: list[dict], scoring: dict, config: Config, plan) -> dict:
     """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
     first three greedy answers to show. Draws from random numbers of its own: training never notices."""
-    greedy = sample_within_memory(
-        policy, examples, {"max_new_tokens": config.max_new_tokens, "temperature": 0.0, **scoring}, plan
+    greedy = rollout(
+        policy, examples, scoring, plan, max_new_tokens=config.max_new_tokens, temperature=0.0
     )
     result = {"accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
     result["shown"] = [(last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
     if config.eval_samples:
-        drawn = sample_within_memory(policy, examples, {
-            "group_size": config.eval_samples, "max_new_tokens": config.max_new_tokens,
-            "temperature": config.temperature, **scoring,
-            "generator": torch.Generator(policy.head.device).manual_seed(config.seed),
-        }, plan)
+        drawn = rollout(
+            policy, examples, scoring, plan, group_size=config.eval_samples,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            generator=torch.Generator(policy.head.device).manual_seed(config.seed),
+        )
         result["pass_at_k"] = len({e.group for e in drawn if is_solved(e)}) / len(examples)
     return result
 
@@ -856,12 +845,11 @@ def last_request(prompt: str | list[dict]) -> str:
     return next((m["content"] for m in reversed(prompt) if m["role"] != "assistant"), prompt[0]["content"])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run's files
+# ---- The run's files ---------------------------------------------------------------------------------------
 
 STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
-PLANNED = ("max_rows", "micro_batch_tokens", "checkpointed_layers")  # what a checkpoint keeps of the plan,
-PROGRESS = ("before", "step", "bad_steps", "order", "evaluations")  # and what of the run, beside its parts
+PLANNED = ("max_rows", "micro_batch_tokens", "checkpointed_layers")  # fields of the plan that it keeps
+PROGRESS = ("before", "step", "bad_steps", "order", "evaluations")  # fields of the Run that it keeps
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
@@ -872,7 +860,7 @@ def append_lines(path: Path, records: list[dict]) -> None:
             file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
     except OSError as error:
         warn(f"{path} can't be written ({error}); training goes on, these lines are lost")
-        if path.exists():
+        with suppress(OSError):
             os.truncate(path, size)
 
 
@@ -885,28 +873,27 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Let a complete folder appear under its name, once all of it is on the disk itself."""
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    partial.rename(final)
-    sync(final.parent)
+def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None:
+    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it.
 
-
-def save_model(policy, folder: Path) -> None:
-    """A complete Hugging Face folder: `from_pretrained` and vLLM open it."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-
-
-def save_final(policy, folder: Path) -> None:
-    """`final`, whole or not at all."""
-    final, partial = folder / "final", folder / ".final.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(policy, partial)
-    if final.exists():  # of a run that is resumed after its end
-        shutil.rmtree(final)
-    publish(partial, final)
+    It appears whole or not at all: written beside, synced, renamed.
+    """
+    partial = folder.parent / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    try:
+        policy.model.save_pretrained(partial)
+        policy.tokenizer.save_pretrained(partial)
+        if state is not None:
+            (partial / STATE).parent.mkdir()
+            torch.save(state, partial / STATE)
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        if folder.exists():  # `final` of a run that is resumed after its end
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(folder.parent)
 
 
 def step_of(checkpoint: Path) -> str:
@@ -919,34 +906,28 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(step_of(p)))
 
 
-def save_checkpoint(policy, state: dict, folder: Path, keep: int) -> None:
-    """`checkpoint-<step>`, which appears whole or not at all; then all but the newest `keep` are removed.
+def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> None:
+    """`checkpoint-<step>`; then all but the newest `keep` are removed.
 
-    Written beside, synced, renamed. A failure (full disk, no permission) only warns: older checkpoints stay.
+    A failure (full disk, no permission) only warns: older checkpoints stay.
     """
-    final, partial = folder / f"checkpoint-{state['step']}", folder / ".checkpoint.partial"
+    final = folder / f"checkpoint-{state['step']}"
     if final.exists():
         return
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-        save_model(policy, partial)
-        (partial / STATE).parent.mkdir()
-        torch.save(state, partial / STATE)
-        publish(partial, final)
+        save_folder(policy, final, state)
         shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
-        if keep:
-            for old in checkpoints(folder)[:-keep]:
-                # Renamed first, so that one half deleted is never taken for a checkpoint.
-                shutil.rmtree(old.rename(folder / ".checkpoint.old"))
+        for old in checkpoints(folder)[:-keep] if keep else []:
+            # Renamed first, so that one half deleted is never taken for a checkpoint.
+            shutil.rmtree(old.rename(folder / ".checkpoint.old"))
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
-        warn(f"checkpoint-{state['step']} could not be saved ({str(error).splitlines()[0]}); older ones stay")
-        shutil.rmtree(partial, ignore_errors=True)
+        warn(f"{final.name} could not be saved ({str(error).splitlines()[0]}); older ones stay")
 
 
-def load_state(checkpoint: Path, **options) -> dict:
+def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:
-        return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", **options)
+        return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise InputError(f"--resume: {checkpoint / STATE} can't be read ({reason}); use another checkpoint"
@@ -966,7 +947,7 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
     if found is None:
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
-    return found
+    return found.resolve()  # of `.` too, the parent is the run's folder
 
 
 def set_aside_later_checkpoints(folder: Path, step: int) -> None:
@@ -981,14 +962,9 @@ def keep_lines_up_to(path: Path, step: int) -> list[dict]:
     """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # half a line, of a run that was killed here
-            break
-        if record["step"] <= step:
-            kept.append(record)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill leaves half a line
+    kept = [record for record in records if record["step"] <= step]
     beside = path.with_suffix(".partial")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
     beside.replace(path)
@@ -1034,18 +1010,15 @@ def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str
 
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
     """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws without a display
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # draws without a display
 
     parts = [name for name in metrics[0] if name.startswith("reward/")]
     panels = [("reward", ["reward", *parts]), ("accuracy", ["accuracy"]),
               ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
     steps = [m["step"] for m in metrics]
     window = max(1, len(steps) // 20)
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), constrained_layout=True)
-    for axis, (title, names) in zip(axes.flat, panels):
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
         for i, name in enumerate(names):
             values = [m[name] for m in metrics]
             recent = [values[max(0, j - window) : j] for j in range(1, len(values) + 1)]
@@ -1061,11 +1034,9 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a person sees
+# ---- What a person sees ------------------------------------------------------------------------------------
 
 
 def say_what_runs(config, device, dtype, policy, examples, heldout, weights) -> None:
@@ -1144,20 +1115,7 @@ def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -
             warn(message)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
-
-
-@dataclass
-class Policy:
-    """The model that learns, with what sampling and the loss need of it."""
-
-    model: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-    backbone: torch.nn.Module  # token ids -> hidden states
-    head: Tensor  # [V, H]: hidden states -> logits
-    stops: list[int]  # token ids that end an answer
-    pad_token_id: int
+# ---- The run -----------------------------------------------------------------------------------------------
 
 
 def open_policy(name: str, config: Config, device: str, dtype: torch.dtype) -> Policy:
@@ -1230,12 +1188,10 @@ class Run:
     evaluations: list[dict] = field(default_factory=list)  # step, accuracy, pass@k
 
     def next_examples(self) -> list[dict]:
-        """The step's examples: pass after pass over all of them, each in a new order."""
-        count = self.config.prompts_per_step
-        while len(self.order) < count:
+        """The examples of the step to come: pass after pass over all of them, each in a new order."""
+        while len(self.order) < self.config.prompts_per_step:
             self.order += self.shuffle.sample(range(len(self.examples)), len(self.examples))
-        chosen, self.order = self.order[:count], self.order[count:]
-        return [self.examples[i] for i in chosen]
+        return [self.examples[i] for i in self.order[: self.config.prompts_per_step]]
 
     def evaluate(self) -> dict:
         result = evaluate(self.policy, self.heldout, self.scoring, self.config, self.plan)
@@ -1258,8 +1214,9 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        same_budget = self.config.memory_budget_gib == state["config"]["memory_budget_gib"]
         for name in PLANNED:  # other sizes would draw and round differently
-            if getattr(self.config, name) is None:
+            if same_budget and getattr(self.config, name) is None:
                 setattr(self.plan, name, state["plan"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference:
@@ -1312,7 +1269,6 @@ def open_run(config: Config) -> Run:
         training=not config.eval_only, trust_remote_code=config.trust_remote_code,
     )
     say_what_runs(config, device, dtype, policy, examples, heldout, scoring["weights"])
-    say(plan.table())
     run = Run(
         config, device, folder, policy, examples, heldout, scoring, plan,
         new_optimizer(policy, config.learning_rate, config.weight_decay, config),
@@ -1320,8 +1276,16 @@ def open_run(config: Config) -> Run:
         torch.Generator(device).manual_seed(config.seed), random.Random(config.seed),
     )
     if checkpoint:
-        run.load_state_dict(load_state(checkpoint))
+        try:
+            run.load_state_dict(load_state(checkpoint))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
+                             "the device, dtype and model that it was made with") from error
+        if max(run.order, default=0) >= len(examples):
+            raise InputError(f"--resume {checkpoint}: the task has only {len(examples)} examples now; bring "
+                             "back those that the run was started with")
         say(f"resumed after step {run.step} from {checkpoint}")
+    say(plan.table())
     return run
 
 
@@ -1330,11 +1294,11 @@ def grpo_step(run: Run, progress: tqdm | None = None) -> tuple[dict, list[Episod
     config, step, started = run.config, run.step + 1, time.monotonic()
 
     # Sample and score.
-    sampling = {
-        "group_size": config.group_size, "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature, "generator": run.generator, **run.scoring,
-    }
-    episodes = sample_within_memory(run.policy, run.next_examples(), sampling, run.plan, progress)
+    episodes = rollout(
+        run.policy, run.next_examples(), run.scoring, run.plan, group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=run.generator,
+        progress=progress,
+    )
     sampled = time.monotonic()
 
     # Advantages, among the answers that count.
@@ -1363,6 +1327,7 @@ def grpo_step(run: Run, progress: tqdm | None = None) -> tuple[dict, list[Episod
     if run.reference and config.reference_every and step % config.reference_every == 0:
         run.reference.refresh()
     run.step = step
+    del run.order[: config.prompts_per_step]
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
 
     return step_metrics(step, episodes, learned, skipped, rate) | {
@@ -1374,8 +1339,11 @@ def grpo_step(run: Run, progress: tqdm | None = None) -> tuple[dict, list[Episod
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once."""
+def stop_requests(run: Run) -> Iterator[list[int]]:
+    """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once.
+
+    The steps so far are saved before an error in a reward or of memory ends the run.
+    """
     asked: list[int] = []
 
     def note(number: int, frame) -> None:
@@ -1387,19 +1355,12 @@ def stop_requests() -> Iterator[list[int]]:
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def saved_if_it_fails(run: Run) -> Iterator[None]:
-    """The steps so far are saved before an error in a reward or of memory ends the run."""
-    try:
-        yield
     except (rewards.RewardError, memory.DoesNotFit):
         run.save()
         raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float) -> dict:
@@ -1407,7 +1368,7 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
     after = {"accuracy": None, "pass_at_k": None}
     if stopped_by is None:
         try:  # before the evaluation: what was trained is on disk first
-            save_final(run.policy, run.folder)
+            save_folder(run.policy, run.folder / "final")
         except (OSError, RuntimeError, SafetensorError) as error:
             saved = checkpoints(run.folder)
             advice = f"make room, then --resume {run.folder}" if saved else "nothing could be saved"
@@ -1464,7 +1425,7 @@ def train(config: Config) -> dict:
     quiet = not sys.stderr.isatty()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step, disable=quiet)
     inner = tqdm(leave=False, disable=quiet, delay=2)
-    with stop_requests() as signals, saved_if_it_fails(run):
+    with stop_requests(run) as signals:
         for step in bar:
             record, episodes = grpo_step(run, inner)
             metrics.append(record)
@@ -1473,7 +1434,7 @@ def train(config: Config) -> dict:
             show_step(bar, record, config.steps)
             warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                tqdm.write(f"step {step}: held-out accuracy {run.evaluate()['accuracy']:.3f}")
+                say(f"step {step}: held-out accuracy {run.evaluate()['accuracy']:.3f}")
             if run.bad_steps >= config.max_bad_steps:
                 stopped_by = "bad steps"
             elif signals:
@@ -1488,37 +1449,38 @@ def train(config: Config) -> dict:
         return finish(run, metrics, stopped_by, started)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line --------------------------------------------------------------------------------------
 
 # A resumed run may change these; everything else must be what the checkpoint was made with.
 MAY_CHANGE = {
-    "name", "output_dir", "trust_remote_code", "steps", "learning_rate", "lr_schedule", "eval_every",
-    "eval_samples", "save_every", "keep_checkpoints", "max_bad_steps", "max_rows", "micro_batch_tokens",
-    "checkpointed_layers", "memory_budget_gib", "resume",
+    "name", "output_dir", "trust_remote_code", "steps", "offload_optimizer", "learning_rate", "lr_schedule",
+    "eval_every", "eval_samples", "save_every", "keep_checkpoints", "max_bad_steps", "max_rows",
+    "micro_batch_tokens", "checkpointed_layers", "memory_budget_gib", "resume",
 }
-
-
-def resumed_settings(resume: str, output_dir: str, name: str | None) -> dict:
-    """The settings that a checkpoint was made with, without leave to run code, which must be given anew."""
-    return load_state(find_checkpoint(resume, output_dir, name), mmap=True)["config"] | {
-        "trust_remote_code": False
-    }
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Config:
     """The Config that a command line asks for: the recipe, or the checkpoint that is resumed, sets the
     defaults that `--help` shows; flags beat them."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("--recipe", "auto"), ("--resume", None), ("--output-dir", "runs")):
-        first.add_argument(name, default=default)
-    first.add_argument("--name")
-    first.add_argument("--reward", nargs="+")
-    early = first.parse_known_args(arguments)[0]
-    saved = resumed_settings(early.resume, early.output_dir, early.name) if early.resume else None
-    if saved and not early.reward and any(".py:" in name for name in saved["reward"]):
-        raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if you "
-                         "trust it, give it again with --reward")
+    def fail(message: str):
+        raise InputError(f"{message}; see python grpo_scratch.py --help")
+
+    # A first look, at the flags that decide the defaults.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.error = fail
+    for name, default in (("--recipe", "auto"), ("--resume", None), ("--name", None)):
+        peek.add_argument(name, default=default)
+    peek.add_argument("--output-dir", "--output_dir", default="runs")
+    peek.add_argument("--reward", nargs="+")
+    early = peek.parse_known_args(arguments)[0]
+    saved = None
+    if early.resume:
+        checkpoint = find_checkpoint(early.resume, early.output_dir, early.name)
+        # Leave to run code is not taken over.
+        saved = load_state(checkpoint)["config"] | {"trust_remote_code": False}
+        if not early.reward and any(name.split(":")[0].endswith(".py") for name in saved["reward"]):
+            raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if "
+                             "you trust it, give it again with --reward")
     recipe = saved["recipe"] if saved else resolve_recipe(early.recipe)
     parser = transformers.HfArgumentParser(
         Config, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
@@ -1534,9 +1496,6 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
 
-    def fail(message: str):
-        raise InputError(f"{message}; see python grpo_scratch.py --help")
-
     parser.error = fail
     config, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
@@ -1551,6 +1510,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
             told = ", ".join(f"--{n.replace('_', '-')} was {saved.get(n)}, not {given[n]}" for n in changed)
             raise InputError(f"--resume {early.resume}: {told}; drop it, or start a new run. These may "
                              "change: " + ", ".join(sorted(MAY_CHANGE - {"resume"})))
+        given["resume"] = str(checkpoint)
     return make_config(**{**given, "recipe": recipe})
 
 

@@ -38,8 +38,7 @@ HEAD_WORKSPACE = 256 * 2**20  # bytes of logits that token_logprobs holds at a t
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The head: log-probabilities without the logits
+# ---- The head: log-probabilities without the logits --------------------------------------------------------
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -176,8 +175,7 @@ def plain_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     return backbone, weight
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Gradients
+# ---- Gradients ---------------------------------------------------------------------------------------------
 
 
 def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
@@ -190,8 +188,7 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
         p.grad_dtype = torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The optimizer: 8-bit moments, exact master weights
+# ---- The optimizer: 8-bit moments, exact master weights ----------------------------------------------------
 
 
 def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,8 +313,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         self.state.update({p: self._rest(state, p) for p, state in zip(params, saved) if state})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Activations
+# ---- Activations -------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -366,8 +362,7 @@ def micro_batches(lengths: list[int], token_budget: int, groups: list | None = N
     return batches
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Packing: every token once
+# ---- Packing: every token once -----------------------------------------------------------------------------
 
 
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
@@ -393,7 +388,7 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
 
 
 transformers.AttentionInterface.register("packed", packed_attention)
-transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary input gets SDPA's masks
 
 
 def packed_hidden_states(
@@ -404,18 +399,21 @@ def packed_hidden_states(
     A prompt that several completions share goes through the model once, and no padding does: only attention,
     a small part of the work, is done on E padded rows. Returns (hidden[T, H], places[E, L], on the host): row
     e's token i has hidden[places[e, i]]. The backbone must be of a model that went through allow_packing.
+
+    Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
+    [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding.
     """
     longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions))
     places = torch.zeros(len(prompts), longest, dtype=torch.long)
     ids, positions, slots, starts = [], [], [], {}
     for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-        end, known = len(prompt) + len(completion), len(prompt) if tuple(prompt) in starts else 0
-        start = starts.setdefault(tuple(prompt), len(ids))
-        places[row, : len(prompt)] = torch.arange(start, start + len(prompt))
-        places[row, known:end] = torch.arange(len(ids), len(ids) + end - known)
-        ids += (prompt + completion)[known:]
-        positions += range(known, end)
-        slots += range(row * longest + known, row * longest + end)
+        shared = len(prompt) if tuple(prompt) in starts else 0  # tokens that an earlier row has brought
+        start, end = starts.setdefault(tuple(prompt), len(ids)), len(prompt) + len(completion)
+        places[row, :shared] = torch.arange(start, start + shared)
+        places[row, shared:end] = torch.arange(len(ids), len(ids) + end - shared)
+        ids += (prompt + completion)[shared:]
+        positions += range(shared, end)
+        slots += range(row * longest + shared, row * longest + end)
     on_device = partial(torch.as_tensor, device=backbone.device)
     output = backbone(
         on_device([ids]), position_ids=on_device([positions]), slots=on_device(slots), use_cache=False,
@@ -438,7 +436,7 @@ def allow_packing(model: PreTrainedModel) -> None:
         model.set_attn_implementation("packed")
         hidden, places = packed_hidden_states(backbone, [prompt] * 2, completions)
         same = all(
-            torch.allclose(hidden[place[: len(x)]], x, rtol=0, atol=0.05 * float(x.abs().max()))
+            (hidden[place[: len(x)]] - x).float().norm() < 0.05 * x.float().norm()
             for place, x in zip(places, alone)
         )
     except (RuntimeError, TypeError, ValueError):  # from attention that doesn't know these arguments
@@ -450,8 +448,7 @@ def allow_packing(model: PreTrainedModel) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The reference policy
+# ---- The reference policy ----------------------------------------------------------------------------------
 
 
 class ReferencePolicy:
@@ -517,8 +514,7 @@ class ReferencePolicy:
             self.weights[name].copy_(weight)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The plan
+# ---- The plan ----------------------------------------------------------------------------------------------
 
 
 class DoesNotFit(ValueError):

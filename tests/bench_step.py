@@ -4,13 +4,13 @@
     python tests/bench_step.py --python trl-env/bin/python       # under a minute on two cores
     python tests/bench_step.py --python trl-env/bin/python --model random-0.5b --rows 8 --budget-gib 11
 
-Both load the same saved model (default: the embedded policy; random-0.5b: Qwen2.5-0.5B's shape and prompts of
-150 tokens), sample 32 prompts x 8 answers of at most 28 tokens at temperature 1, decode them, give them random
-rewards, so that groups have spread and no side leaves an answer out, and make one AdamW step on the DAPO loss
-without KL. TRL logs and saves nothing; on a CPU it runs in float32 without checkpointing, as this project does
-where the budget allows, with CUDA by its defaults. Memory is the process's largest resident size, or with CUDA
-the most that tensors took. Each side runs in a process of its own; figures are medians of the steps after two
-of warm-up.
+Both load the same saved model (default: the embedded policy; random-0.5b: Qwen2.5-0.5B's shape and prompts
+of 150 tokens), sample 32 prompts x 8 answers of at most 28 tokens at temperature 1, decode them, give them
+random rewards, so that groups have spread and no side leaves an answer out, and make one AdamW step on the
+DAPO loss without KL. TRL logs and saves nothing; on a CPU it runs in float32 without checkpointing, as this
+project does where the budget allows, with CUDA by its defaults. Memory is the process's largest resident
+size, or with CUDA the most that tensors took. Each side runs in a process of its own; figures are medians of
+the steps after two of warm-up.
 """
 
 import argparse
@@ -122,17 +122,14 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
     watch.start()
     for i in range(0, len(examples), asked.prompts):
         episodes = grpo.rollout(
-            policy.model,
-            policy.tokenizer,
+            policy,
             examples[i : i + asked.prompts],
-            {},
+            {"weights": {}},
+            plan,
             group_size=GROUP,
             generator=generator,
             max_new_tokens=asked.new_tokens,
             temperature=1.0,
-            eos_token_id=policy.stops,
-            pad_token_id=policy.pad_token_id,
-            max_rows=plan.max_rows,
         )
         rewards = torch.tensor([rng.random() for _ in episodes])
         advantages = grpo.group_advantages(rewards, torch.tensor([episode.group for episode in episodes]))

@@ -290,5 +290,6 @@ def test_a_template_that_cannot_take_the_messages_is_told(template):
     tokenizer = data.tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(data.InputError, match="template refuses") as refusal:
-        data.encode_prompt(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        roles = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        data.encode_prompt(tokenizer, roles)
     assert "\n" not in str(refusal.value)

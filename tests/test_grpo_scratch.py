@@ -144,10 +144,9 @@ def naive_loss(logprobs, lengths, advantages, old, ref, aggregation, max_new, lo
                 surrogate = a * torch.exp(lp - lp.detach())
             else:
                 ratio = torch.exp(lp - old[b, t])
-                inside = min(
-                    max(ratio, torch.tensor(1.0 - low).double()), torch.tensor(1.0 + high).double(), key=float
-                )
-                surrogate = min(ratio * a, inside * a, key=float)
+                bounds = torch.tensor([1.0 - low, 1.0 + high]).double()
+                inside = bounds[0] if ratio < bounds[0] else min(ratio, bounds[1])
+                surrogate = min(ratio * a, inside * a)
             kl = torch.exp(ref[b, t] - lp) - (ref[b, t] - lp) - 1 if ref is not None else 0.0
             terms.append(surrogate - beta * kl)
         per_answer.append(sum(terms))
@@ -183,7 +182,7 @@ def test_loss_and_gradient_equal_a_naive_padded_float64_one(aggregation, with_ol
     loss.backward()
     torch.testing.assert_close(ours_input.grad, naive_input.grad, rtol=1e-6, atol=1e-12)
     if with_old:  # without, the losses differ by a constant: A * log pi in the place of A * 1
-        assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert ("clip_fraction" in stats, "kl" in stats) == (with_old, with_ref)
 
 
@@ -301,6 +300,11 @@ def test_sampling_refuses_what_it_would_get_wrong():
     model.config.layer_types, model.config.sliding_window = ["sliding_attention"] * 2, 8
     with pytest.raises(g.InputError, match="window 8"):
         g.sample(model, [[1] * 6], max_new_tokens=4, eos_token_id=0, pad_token_id=0)
+    mistral = transformers.MistralConfig(sliding_window=8)  # says nothing of its layers' types
+    with pytest.raises(g.InputError, match="window 8"):
+        g.refuse_short_windows(mistral, 10)
+    g.refuse_short_windows(mistral, 8)
+    g.refuse_short_windows(transformers.MistralConfig(sliding_window=None), 10)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -567,17 +571,16 @@ def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsy
 
     monkeypatch.setattr(g, "prefill", sometimes_full)
     plan = SimpleNamespace(max_rows=12, table=lambda: "THE PLAN")
-    sampling = {"group_size": 4, "max_new_tokens": 5, "temperature": 0.0,
-                "weights": {"countdown_format": 1.0}}
     prompts = [{"prompt_ids": [40, 41, 42]}, {"prompt_ids": [50] * 9}, {"prompt_ids": [60, 61]}]
-    episodes = g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
+    roll = lambda: g.rollout(policy, prompts, {"weights": {"countdown_format": 1.0}}, plan, group_size=4,
+                             max_new_tokens=5, temperature=0.0, progress=g.tqdm(disable=True))
+    episodes = roll()
     assert plan.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2
     plan.max_rows = 12
-    expected = g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
-    assert [e.completion.ids for e in episodes] == [e.completion.ids for e in expected]
+    assert [e.completion.ids for e in episodes] == [e.completion.ids for e in roll()]
     monkeypatch.setattr(g, "prefill", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
-        g.sample_within_memory(policy, prompts, sampling, plan, g.tqdm(disable=True))
+        roll()
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
@@ -586,6 +589,18 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     episodes[1].advantage = math.inf
     gradients, metrics = gradients_of_update(policy, config, 100, episodes=episodes)
     assert gradients == [] and metrics["bad_updates"] == 1
+
+
+def test_gradients_repeat_bit_for_bit_however_threads_meet():
+    """A prompt's last position gets a gradient from each of its answers, of which two threads hold some."""
+    policy, gradients = a_policy(), []
+    answers = [[50 + (j + i) % 37 for j in range(30)] for i in range(64)]
+    lessons = [g.Lesson([40 + i // 48, 41], x, torch.arange(30), 1.0, 1.0) for i, x in enumerate(answers)]
+    for _ in range(8):
+        policy.model.zero_grad(set_to_none=True)
+        g.lesson_logprobs(policy, lessons, 1.0)[0].sum().backward()
+        gradients.append([p.grad for p in policy.model.parameters()])
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])

@@ -1,5 +1,6 @@
 """Whole runs: what is printed, what is on disk, what is refused."""
 
+import dataclasses
 import datetime
 import fcntl
 import gc
@@ -270,7 +271,7 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings
     for name in ("checkpoint-4", "final"):
         shutil.rmtree(killed / name)
     (killed / "summary.json").unlink()
-    (killed / ".checkpoint.partial").mkdir()  # left behind by a kill in the middle of a save
+    (killed / ".partial").mkdir()  # left behind by a kill in the middle of a save
 
     config = g.parse_command_line(["--resume", str(killed)])
     assert config.steps == 5 and config.beta == settings.get("beta", 0.0)  # taken over from the checkpoint
@@ -307,12 +308,55 @@ def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
     resume = ["--resume", str(tmp_path / "run")]
     with pytest.raises(g.InputError, match="its reward is code, .*my_rewards.py:evil; if you trust it"):
         g.parse_command_line(resume)
+    state_of = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
+    saved = torch.load(state_of, weights_only=True)
+    torch.save({**saved, "config": saved["config"] | {"reward": [f"{tmp_path}/my_rewards.py"]}}, state_of)
+    with pytest.raises(g.InputError, match="its reward is code"):  # a file without a function is run as well
+        g.parse_command_line(resume)
+    torch.save(saved, state_of)
     config = g.parse_command_line([*resume, "--reward", *reward])
     assert config.trust_remote_code is False  # to be given anew, too
     state = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
     torch.save({"config": subprocess.Popen}, state)  # a pickle that names code
     with pytest.raises(g.InputError, match="can't be read"):
         g.parse_command_line(resume)
+
+
+def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path, own_task, monkeypatch):
+    g.train(quick(tmp_path, steps=1, save_every=1, **own_task))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    monkeypatch.chdir(checkpoint)
+    config = g.parse_command_line(["--resume", ".", "--steps", "2", "--reward", *own_task["reward"]])
+    assert Path(config.resume) == checkpoint
+    with pytest.raises(g.InputError, match="doesn't suit this run .*dtype"):
+        g.train(dataclasses.replace(config, dtype="bfloat16"))
+    rows = Path(own_task["task"]).read_text().splitlines()
+    Path(own_task["task"]).write_text("\n".join(rows[:6]))
+    with pytest.raises(g.InputError, match="only 2 examples now"):
+        g.train(config)
+    Path(own_task["task"]).write_text("\n".join(rows))
+    assert g.train(config)["steps"] == 2 and (tmp_path / "run" / "final").exists()
+    latest = g.parse_command_line(["--resume", "latest", "--output_dir", str(tmp_path), "--reward",
+                                   *own_task["reward"], "--memory-budget-gib", "3", "--steps", "3"])
+    assert Path(latest.resume).name == "checkpoint-2"
+    plan = g.open_run(latest).plan  # of the new budget, not the checkpoint's
+    assert plan.memory_budget_bytes == 3 * 2**30
+
+
+def test_a_reader_that_has_gone_ends_no_run(tmp_path):
+    """Ctrl-C ends `tee` as well as the run whose output it reads."""
+    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
+               "--steps", "9999", "--prompts-per-step", "3", "--eval-examples", "4", "--output-dir",
+               str(tmp_path), "--name", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_by"] == signal.SIGINT
+    assert g.checkpoints(tmp_path / "run")
 
 
 def test_the_reference_follows_its_schedule(tmp_path, own_task):
@@ -360,6 +404,8 @@ def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_ta
     with pytest.raises(g.rewards.RewardError, match="ZeroDivisionError"):
         g.train(quick(tmp_path, steps=9, task=own_task["task"], reward=[f"{tmp_path}/my_rewards.py:late"]))
     assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-2"]  # 4 + 12 + 12, and 11 of 12
+    order = g.load_state(tmp_path / "run" / "checkpoint-2")["order"]
+    assert len(order) == 16 - 6  # two passes over 8 examples, of which two steps took 3: the third's are there
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
