@@ -502,21 +502,21 @@ class Episode:
     advantage: float = 0.0
 
 
-def halving_until_it_fits(attempt, plan, setting: str, least: int, start_over=lambda: None):
-    """attempt()'s result; when the GPU's memory runs out, start_over() and again with half the `setting`."""
+def until_it_fits(attempt, plan: memory.MemoryPlan, spare, start_over=lambda: None):
+    """attempt()'s result. When the GPU's memory runs out, spare() changes the plan and says how (None: nothing
+    is left to spare), start_over() undoes what was done, and it is tried again."""
     while True:
         try:
             return attempt()
         except torch.OutOfMemoryError as error:
-            if getattr(plan, setting) <= least:
+            changed = spare()
+            if changed is None:
                 raise memory.DoesNotFit(
-                    f"out of memory with {setting.replace('_', ' ')} at {least}, the least; try a shorter "
-                    "--max-new-tokens, --offload-optimizer or a smaller --model. The plan was:\n"
-                    + plan.table()
+                    "out of memory with the least that the plan can do; try a shorter --max-new-tokens, "
+                    "--offload-optimizer or a smaller --model. The plan was:\n" + plan.table()
                 ) from error
         # Outside the handler, because the exception holds on to the failed attempt's tensors.
-        setattr(plan, setting, max(getattr(plan, setting) // 2, least))
-        warn(f"out of memory; again with {setting.replace('_', ' ')} at {getattr(plan, setting)}")
+        warn(f"out of memory; again with {changed}")
         start_over()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -538,8 +538,13 @@ def rollout(
         return sample(policy.model, prompts, group_size=group_size, eos_token_id=policy.stops,
                       pad_token_id=policy.pad_token_id, max_rows=plan.max_rows, progress=progress, **sampling)
 
+    def spare() -> str | None:
+        if plan.max_rows > 1:
+            plan.max_rows //= 2
+            return f"{plan.max_rows} rows at a time"
+
     episodes = []
-    for i, completion in enumerate(halving_until_it_fits(attempt, plan, "max_rows", 1)):
+    for i, completion in enumerate(until_it_fits(attempt, plan, spare)):
         group = i // group_size
         ids = completion.ids[:-1] if completion.finished else completion.ids  # without the EOS
         text = policy.tokenizer.decode(ids, skip_special_tokens=False)
@@ -699,14 +704,16 @@ def lesson_logprobs(
         where = [row[x.counted + len(x.prompt) - 1] for row, x in zip(places, lessons)]
         targets = [torch.tensor(x.completion)[x.counted] for x in lessons]
         where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
-        # The head's gradient goes straight into head.grad: one tensor of its size less.
         # An embedding, because a prompt's last position comes up for each answer: indexing would add up their
         # gradients in the order in which threads arrive.
         hidden = torch.nn.functional.embedding(where, hidden)
+        # The head's gradient goes straight into head.grad: one tensor of its size less.
         return memory.token_logprobs(hidden, policy.head, targets, temperature, into_weight_grad=learning)
 
 
-def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=None) -> float:
+def in_micro_batches(
+    lessons: list[Lesson], plan: memory.MemoryPlan, work, start_over, progress=None
+) -> float:
     """Call work(lessons of a micro-batch) until all are through; returns the share of padding in its rows."""
     lengths, prompts = [len(lesson) for lesson in lessons], [tuple(lesson.prompt) for lesson in lessons]
 
@@ -718,7 +725,15 @@ def in_micro_batches(lessons: list[Lesson], plan, work, start_over, progress=Non
                 progress.update(len(batch))
         return 1 - sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
-    return halving_until_it_fits(attempt, plan, "micro_batch_tokens", max(lengths), start_over)
+    def spare() -> str | None:
+        if plan.micro_batch_tokens > max(lengths):
+            plan.micro_batch_tokens = max(plan.micro_batch_tokens // 2, max(lengths))
+            return f"micro-batches of {plan.micro_batch_tokens} tokens"
+        if plan.checkpointed_layers < plan.layers:
+            plan.checkpointed_layers = plan.layers
+            return "every layer checkpointed"
+
+    return until_it_fits(attempt, plan, spare, start_over)
 
 
 def update(
@@ -962,8 +977,10 @@ def keep_lines_up_to(path: Path, step: int) -> list[dict]:
     """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill leaves half a line
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # half a line, of a run that was killed here
+            records.append(json.loads(line))
     kept = [record for record in records if record["step"] <= step]
     beside = path.with_suffix(".partial")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -1276,8 +1293,9 @@ def open_run(config: Config) -> Run:
         torch.Generator(device).manual_seed(config.seed), random.Random(config.seed),
     )
     if checkpoint:
+        state = load_state(checkpoint)
         try:
-            run.load_state_dict(load_state(checkpoint))
+            run.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
                              "the device, dtype and model that it was made with") from error

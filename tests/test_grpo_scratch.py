@@ -552,11 +552,12 @@ def test_running_out_of_memory_at_the_smallest_setting_gives_up_with_the_plan(mo
     monkeypatch.setattr(
         memory, "token_logprobs", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError())
     )
-    plan = SimpleNamespace(micro_batch_tokens=64, checkpointed_layers=0, table=lambda: "THE PLAN")
+    plan = SimpleNamespace(micro_batch_tokens=64, checkpointed_layers=0, layers=3, table=lambda: "THE PLAN")
+    config = update_config()
+    lessons = g.make_lessons(some_episodes(policy), config)
     with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
-        config = update_config()
-        g.update(policy, None, RecordedStep(policy.model), g.make_lessons(some_episodes(policy), config),
-                 config, plan)
+        g.update(policy, None, RecordedStep(policy.model), lessons, config, plan)
+    assert (plan.micro_batch_tokens, plan.checkpointed_layers) == (max(map(len, lessons)), 3)  # all was tried
 
 
 def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsys):

@@ -600,7 +600,7 @@ def test_a_reward_model_adds_its_score_to_each_answer(tmp_path, qwen2_folder):
         prompt = record["example"]["prompt"]
         answer = {"role": "assistant", "content": prompt[-1]["content"] + record["completion"]}
         text = tokenizer.apply_chat_template([*prompt[:-1], answer], tokenize=False)
-        alone = float(judge(torch.tensor([tokenizer(text).input_ids])).logits[0, 0])
+        alone = judge(torch.tensor([tokenizer(text).input_ids])).logits[0, 0].item()
         assert record["parts"]["reward_model"] == pytest.approx(alone, abs=1e-4)
         rules = record["parts"]["countdown_equation"] + 0.1 * record["parts"]["countdown_format"]
         assert record["reward"] == pytest.approx(rules + 2.0 * alone, abs=1e-3)
