@@ -38,7 +38,7 @@ def cannot_load(what: str, error: Exception) -> InputError:
                       "local folder, or the id and the network for the hub")
 
 
-# ---- Prompt formats: example -> text, or chat messages; a last message from the assistant is a turn left open. 
+# ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
 
 
 def countdown_prompt(example: dict) -> list[dict]:
@@ -109,7 +109,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -
             add_generation_prompt=not is_open and not answered,
         )
     except (jinja2.TemplateError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({reason}); "
                          "leave out the role it doesn't know, or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
@@ -475,4 +475,7 @@ class RewardModel:
         if prompt[-1]["role"] == "assistant":  # the open turn is a part of the answer
             prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        return encode_prompt(self.tokenizer, messages, answered=True)
+        try:
+            return encode_prompt(self.tokenizer, messages, answered=True)
+        except InputError as error:
+            raise InputError(f"--reward-model: {error}") from error

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -192,7 +193,9 @@ def make_config(recipe: str = "auto", **overrides) -> Config:
     names = [f.name for f in dataclasses.fields(Config)]
     if unknown := [name for name in overrides if name not in names]:
         raise InputError(f"{unknown[0]}: no such setting; the settings are {', '.join(names)}")
-    config = Config(**{**RECIPES[recipe], "recipe": recipe, **overrides})
+    config, own = Config(**{**RECIPES[recipe], "recipe": recipe, **overrides}), RECIPES[recipe]
+    if config.task != own.get("task") and config.prompt_format == own.get("prompt_format"):
+        config.prompt_format = None  # the recipe's suits the recipe's task
     check_config(config)
     return config
 
@@ -224,19 +227,23 @@ def check_config(config: Config) -> None:
             require(f.name, lambda x, choices=choices: x in choices, f"use one of {', '.join(choices)}")
     require("device", lambda x: x != "cuda" or torch.cuda.is_available(),
             "torch sees no CUDA device; use --device cpu, or check the driver")
-    formats = [name for name in data.PROMPTS if ("gsm8k" in name) == ("gsm8k" in config.task)]
-    require("prompt_format", lambda x: x in formats and Path(config.task).suffix not in data.FILE_TYPES,
-            f"with --task {config.task}, a built-in task, use one of {', '.join(formats)}"
-            if config.task in data.PROMPTS else "a file's prompts are used as they stand; drop it")
+    formats = [name for name in data.PROMPTS if ("gsm8k" in name) == (config.task == "gsm8k")]
+    if config.task in data.PROMPTS:
+        require("prompt_format", lambda x: x in formats,
+                f"with --task {config.task}, use one of {', '.join(formats)}")
+    elif Path(config.task).suffix in data.FILE_TYPES:
+        require("prompt_format", lambda x: False, "a file's prompts are used as they stand; drop it")
+
 
 
 def say(message: str = "", file=None) -> None:
     """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run."""
+    file = file or sys.stdout
     try:
         tqdm.write(message, file=file)
-        (file or sys.stdout).flush()
+        file.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def warn(message: str) -> None:
@@ -503,8 +510,8 @@ class Episode:
 
 
 def until_it_fits(attempt, plan: memory.MemoryPlan, spare, start_over=lambda: None):
-    """attempt()'s result. When the GPU's memory runs out, spare() changes the plan and says how (None: nothing
-    is left to spare), start_over() undoes what was done, and it is tried again."""
+    """attempt()'s result. When the GPU's memory runs out, spare() makes the attempt smaller and says how, or
+    None if it can't; start_over() undoes what was done, and it is made again."""
     while True:
         try:
             return attempt()
@@ -551,7 +558,15 @@ def rollout(
         reward, parts = rewards.score(text, examples[group], scoring["weights"])
         episodes.append(Episode(examples[group], group, prompts[group], completion, text, reward, parts))
     if "reward_model" in scoring:
-        scores = scoring["reward_model"].scores([(e.example["prompt"], e.text) for e in episodes])
+        answers, at_once = [(e.example["prompt"], e.text) for e in episodes], 16
+
+        def fewer() -> str | None:
+            nonlocal at_once
+            if at_once > 1:
+                at_once //= 2
+                return f"{at_once} answers at a time in the reward model"
+
+        scores = until_it_fits(lambda: scoring["reward_model"].scores(answers, at_once), plan, fewer)
         if not all(map(math.isfinite, scores)):
             raise rewards.RewardError("--reward-model: it gave a score that is not a finite number; try "
                                       "--dtype float32, or another model")
@@ -962,7 +977,7 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
     if found is None:
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
-    return found.resolve()  # of `.` too, the parent is the run's folder
+    return Path(os.path.abspath(found))  # of `.` too, the parent is the run's folder
 
 
 def set_aside_later_checkpoints(folder: Path, step: int) -> None:
@@ -1231,10 +1246,6 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        same_budget = self.config.memory_budget_gib == state["config"]["memory_budget_gib"]
-        for name in PLANNED:  # other sizes would draw and round differently
-            if same_budget and getattr(self.config, name) is None:
-                setattr(self.plan, name, state["plan"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference:
             self.reference.load_state_dict(state["reference"])
@@ -1276,15 +1287,24 @@ def open_run(config: Config) -> Run:
             config.reward_model, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
         )
     longest = tokenize(policy, examples + heldout, config.max_new_tokens)
-    given = config.memory_budget_gib
-    plan = memory.plan(
-        policy.model.config, prompt_tokens=longest, max_new_tokens=config.max_new_tokens, dtype=dtype,
-        prompts=config.prompts_per_step, group_size=config.group_size, reference=config.beta > 0,
+    given, state = config.memory_budget_gib, load_state(checkpoint) if checkpoint else None
+    choices = asked = {name: getattr(config, name) for name in PLANNED}
+    budget = ("memory_budget_gib", "offload_optimizer")
+    if state and all(getattr(config, name) == state["config"][name] for name in budget):
+        # Those of before, as other sizes would draw and round differently.
+        choices = {name: state["plan"][name] if x is None else x for name, x in asked.items()}
+    make_plan = partial(
+        memory.plan, policy.model.config, prompt_tokens=longest, max_new_tokens=config.max_new_tokens,
+        dtype=dtype, prompts=config.prompts_per_step, group_size=config.group_size,
+        reference=config.beta > 0, offload_optimizer=config.offload_optimizer,
         memory_budget_bytes=int(given * 2**30) if given else memory.detect_budget_bytes(device),
-        offload_optimizer=config.offload_optimizer, top_entropy=config.top_entropy, max_rows=config.max_rows,
-        micro_batch_tokens=config.micro_batch_tokens, checkpointed_layers=config.checkpointed_layers,
-        training=not config.eval_only, trust_remote_code=config.trust_remote_code,
+        top_entropy=config.top_entropy, training=not config.eval_only,
+        trust_remote_code=config.trust_remote_code,
     )
+    try:
+        plan = make_plan(**choices)
+    except memory.DoesNotFit:  # there may be less memory than before
+        plan = make_plan(**asked)
     say_what_runs(config, device, dtype, policy, examples, heldout, scoring["weights"])
     run = Run(
         config, device, folder, policy, examples, heldout, scoring, plan,
@@ -1292,8 +1312,7 @@ def open_run(config: Config) -> Run:
         memory.ReferencePolicy(policy.model) if config.beta > 0 and not config.eval_only else None,
         torch.Generator(device).manual_seed(config.seed), random.Random(config.seed),
     )
-    if checkpoint:
-        state = load_state(checkpoint)
+    if state:
         try:
             run.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
@@ -1555,7 +1574,7 @@ def main() -> None:
             return
         stopped_by = train(config).get("stopped_by")
     except (InputError, rewards.RewardError, memory.DoesNotFit, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step, where there is nothing to save yet
         sys.exit(130)

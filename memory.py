@@ -307,6 +307,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             if state and (state["state1"].shape, "remainder" in state) != (p.shape, half):
                 was = f"the saved state is not of a {p.dtype} parameter of shape {list(p.shape)}"
                 raise ValueError(f"AdamW8bit: parameter {i}: {was}; load the model and dtype that were saved")
+            if state and state["state1"].dtype == torch.uint8 and "qmap1" not in state:
+                raise ValueError(f"AdamW8bit: parameter {i}: the state lacks the code of its 8 bits, qmap1")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
         self.state.clear()

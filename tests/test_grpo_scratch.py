@@ -52,12 +52,19 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"learning_rate": math.nan}, "at least 0"), ({"prompt_format": "poem"}, "countdown"),
     ({"task": "gsm8k", "prompt_format": "countdown"}, "--task gsm8k.*use one of gsm8k, gsm8k-reasoning"),
     ({"task": "mine.csv", "prompt_format": "gsm8k"}, "as they stand"),
+    ({"recipe": "lm-book", "task": "countdown", "prompt_format": "gsm8k"}, "use one of countdown, mini"),
     ({"beta": -1.0}, "at least 0"), ({"advantage_std": "pop"}, "use one of population, sample, none"),
     ({"aggregation": "mean"}, "token, sequence, constant"), ({"lr_schedule": "lin"}, "constant, linear"),
 ])
 def test_bad_settings_are_refused_with_what_is_allowed(override, told):
     with pytest.raises(g.InputError, match=told):
         g.make_config(**override)
+
+
+@pytest.mark.parametrize("task", ["countdown", "mine.jsonl", "typo"])
+def test_a_recipes_prompt_format_goes_with_the_recipes_task(task):
+    assert g.make_config("lm-book").prompt_format == "gsm8k-reasoning"
+    assert g.make_config("lm-book", task=task).prompt_format is None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -339,8 +340,13 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
     latest = g.parse_command_line(["--resume", "latest", "--output_dir", str(tmp_path), "--reward",
                                    *own_task["reward"], "--memory-budget-gib", "3", "--steps", "3"])
     assert Path(latest.resume).name == "checkpoint-2"
-    plan = g.open_run(latest).plan  # of the new budget, not the checkpoint's
-    assert plan.memory_budget_bytes == 3 * 2**30
+    state_of = tmp_path / "run" / "checkpoint-2" / g.STATE
+    state = torch.load(state_of, weights_only=True)
+    torch.save({**state, "plan": state["plan"] | {"max_rows": 1}}, state_of)  # as after running out of memory
+    assert g.open_run(latest).plan.max_rows > 1  # for another budget it is planned anew
+    latest = dataclasses.replace(latest, memory_budget_gib=None)
+    assert g.open_run(latest).plan.max_rows == 1
+    assert g.open_run(dataclasses.replace(latest, offload_optimizer=True)).plan.max_rows > 1
 
 
 def test_a_reader_that_has_gone_ends_no_run(tmp_path):
@@ -405,7 +411,25 @@ def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_ta
         g.train(quick(tmp_path, steps=9, task=own_task["task"], reward=[f"{tmp_path}/my_rewards.py:late"]))
     assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-2"]  # 4 + 12 + 12, and 11 of 12
     order = g.load_state(tmp_path / "run" / "checkpoint-2")["order"]
-    assert len(order) == 16 - 6  # two passes over 8 examples, of which two steps took 3: the third's are there
+    assert len(order) == 16 - 6  # of two passes over 8 examples two steps took 3 each; the third's are there
+
+
+def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_path, monkeypatch):
+    policy, calls = g.open_policy("embedded", quick(tmp_path), "cpu", torch.float32), []
+
+    class Judge:
+        def scores(self, answers, batch_size):
+            calls.append(batch_size)
+            if batch_size > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [float(len(text)) for _, text in answers]
+
+    scoring = {"weights": {}, "reward_model": Judge(), "reward_model_weight": 2.0}
+    plan = SimpleNamespace(max_rows=8)
+    episodes = g.rollout(policy, [{"prompt": "a", "prompt_ids": [40, 41]}], scoring, plan, group_size=3,
+                         max_new_tokens=4)
+    assert calls == [16, 8, 4] and plan.max_rows == 8
+    assert [e.reward for e in episodes] == [2 * len(e.text) for e in episodes]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
