@@ -235,7 +235,6 @@ def check_config(config: Config) -> None:
         require("prompt_format", lambda x: False, "a file's prompts are used as they stand; drop it")
 
 
-
 def say(message: str = "", file=None) -> None:
     """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run."""
     file = file or sys.stdout
@@ -727,7 +726,7 @@ def lesson_logprobs(
 
 
 def in_micro_batches(
-    lessons: list[Lesson], plan: memory.MemoryPlan, work, start_over, progress=None
+    lessons: list[Lesson], plan: memory.MemoryPlan, work, start_over=lambda: None, progress=None
 ) -> float:
     """Call work(lessons of a micro-batch) until all are through; returns the share of padding in its rows."""
     lengths, prompts = [len(lesson) for lesson in lessons], [tuple(lesson.prompt) for lesson in lessons]
@@ -773,7 +772,7 @@ def update(
             for lesson, part in zip(batch, logprobs.split([len(lesson.counted) for lesson in batch])):
                 setattr(lesson, name, part)
 
-        in_micro_batches(lessons, plan, store, start_over=lambda: None)
+        in_micro_batches(lessons, plan, store)
 
     def learn(batch: list[Lesson]) -> None:
         logprobs, _ = lesson_logprobs(policy, batch, temperature, plan.checkpointed_layers)

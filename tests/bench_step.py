@@ -109,7 +109,6 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
         ),
         micro_batch_tokens=None if asked.model else config.micro_batch_tokens,
     )
-    memory.sum_gradients_in_fp32(policy.model.parameters())
     optimizer = memory.AdamW8bit(policy.model.parameters(), lr=RATE)
     generator = torch.Generator(device).manual_seed(0)
     rng = random.Random(0)

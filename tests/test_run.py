@@ -43,6 +43,14 @@ def quick(tmp_path, name="run", recipe="tiny", **overrides):
     return g.make_config(recipe, **settings)
 
 
+def endless_run(tmp_path, *flags, stderr=subprocess.PIPE):
+    """A run in a process of its own, to be stopped from outside."""
+    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
+               "--steps", "9999", "--eval-examples", "4", "--output-dir", str(tmp_path), "--name", "run",
+               *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -309,15 +317,14 @@ def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
     resume = ["--resume", str(tmp_path / "run")]
     with pytest.raises(g.InputError, match="its reward is code, .*my_rewards.py:evil; if you trust it"):
         g.parse_command_line(resume)
-    state_of = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
-    saved = torch.load(state_of, weights_only=True)
-    torch.save({**saved, "config": saved["config"] | {"reward": [f"{tmp_path}/my_rewards.py"]}}, state_of)
+    state = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
+    saved = torch.load(state, weights_only=True)
+    torch.save({**saved, "config": saved["config"] | {"reward": [f"{tmp_path}/my_rewards.py"]}}, state)
     with pytest.raises(g.InputError, match="its reward is code"):  # a file without a function is run as well
         g.parse_command_line(resume)
-    torch.save(saved, state_of)
+    torch.save(saved, state)
     config = g.parse_command_line([*resume, "--reward", *reward])
     assert config.trust_remote_code is False  # to be given anew, too
-    state = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
     torch.save({"config": subprocess.Popen}, state)  # a pickle that names code
     with pytest.raises(g.InputError, match="can't be read"):
         g.parse_command_line(resume)
@@ -351,10 +358,7 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
 
 def test_a_reader_that_has_gone_ends_no_run(tmp_path):
     """Ctrl-C ends `tee` as well as the run whose output it reads."""
-    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
-               "--steps", "9999", "--prompts-per-step", "3", "--eval-examples", "4", "--output-dir",
-               str(tmp_path), "--name", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = endless_run(tmp_path, "--prompts-per-step", "3", stderr=subprocess.STDOUT)
     for line in process.stdout:
         if line.startswith("step 2/"):
             break
@@ -414,7 +418,7 @@ def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_ta
     assert len(order) == 16 - 6  # of two passes over 8 examples two steps took 3 each; the third's are there
 
 
-def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_path, monkeypatch):
+def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_path):
     policy, calls = g.open_policy("embedded", quick(tmp_path), "cpu", torch.float32), []
 
     class Judge:
@@ -434,10 +438,7 @@ def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_pat
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, code):
-    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
-               "--steps", "9999", "--prompts-per-step", "3", "--eval-examples", "4", "--output-dir",
-               str(tmp_path), "--name", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = endless_run(tmp_path, "--prompts-per-step", "3")
     for line in process.stdout:
         if line.startswith("step 2/"):
             process.send_signal(number)
@@ -454,10 +455,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, c
 
 
 def test_a_second_signal_stops_at_once_and_leaves_what_was_whole(tmp_path):
-    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
-               "--steps", "9999", "--eval-examples", "4", "--save-every", "1", "--output-dir", str(tmp_path),
-               "--name", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = endless_run(tmp_path, "--save-every", "1")
     for line in process.stdout:
         if line.startswith("step 2/"):
             process.send_signal(signal.SIGINT)
