@@ -235,6 +235,9 @@ def check_config(config: Config) -> None:
         require("prompt_format", lambda x: False, "a file's prompts are used as they stand; drop it")
 
 
+# ---- What every part uses: messages, the policy ------------------------------------------------------------
+
+
 def say(message: str = "", file=None) -> None:
     """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run."""
     file = file or sys.stdout
@@ -1150,7 +1153,8 @@ def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -
 
 
 def open_policy(name: str, config: Config, device: str, dtype: torch.dtype) -> Policy:
-    """Load the policy and find its parts; InputError when its logits are not simply hidden @ head.T."""
+    """Load the policy, find its parts and prepare it for the update; InputError when its logits are not
+    simply hidden @ head.T, or its attention can't take packed tokens."""
     model, tokenizer = data.load_policy(
         name, dtype=dtype, device=device, seed=config.seed, trust_remote_code=config.trust_remote_code
     )
