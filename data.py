@@ -1,6 +1,7 @@
-"""Where prompts come from: tasks and their prompt formats, local files, hub data sets, the embedded policy.
+"""What goes into a run and what comes out of it.
 
-An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the
+In: tasks and their prompt formats, local files, hub data sets, policies, the embedded one among them. Out: the
+run's folder with its checkpoints, jsonl lines and picture, and what a person sees. An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the
 tokenizer's chat template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or
 whatever a file brings) and, where supervised demonstrations are wanted, `completion`.
 
@@ -13,8 +14,17 @@ Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mix
 import itertools
 import json
 import operator
+import os
+import pickle
 import random
+import re
+import shutil
+import sys
+import textwrap
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,7 +32,9 @@ import huggingface_hub
 import jinja2
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 
 MINI_LARGEST = 30  # largest number of a mini-countdown problem; the embedded policy's tokenizer knows it too
 
@@ -36,6 +48,16 @@ def cannot_load(what: str, error: Exception) -> InputError:
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     return InputError(f"{what}: can't be loaded ({type(error).__name__}: {reason}); check the files in a "
                       "local folder, or the id and the network for the hub")
+
+
+def is_local(name: str, what: str) -> bool:
+    """Whether `name` is a file or folder here, and not a hub id; InputError, about `what`, if it can be neither."""
+    if Path(name).exists():
+        return True
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) or Path(name).suffix in FILE_TYPES:
+        raise InputError(f"{what}: no such file or folder; check the path, or give a hub id such as "
+                         "Qwen/Qwen2.5-0.5B-Instruct or openai/gsm8k")
+    return False
 
 
 # ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
@@ -113,6 +135,28 @@ def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -
         raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({reason}); "
                          "leave out the role it doesn't know, or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
+
+
+def last_request(prompt: str | list[dict]) -> str:
+    """What the prompt asks: its text, or the last message that is not the assistant's open turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((m["content"] for m in reversed(prompt) if m["role"] != "assistant"), prompt[0]["content"])
+
+
+def tokenize(tokenizer, config, examples: list[dict], max_new_tokens: int) -> int:
+    """Put `prompt_ids` into each example; returns the longest's tokens. InputError if one leaves no room."""
+    context = config.get_text_config().max_position_embeddings
+    for example in examples:
+        example["prompt_ids"] = encode_prompt(tokenizer, example["prompt"])
+        length = len(example["prompt_ids"])
+        if length + max_new_tokens > context:
+            raise InputError(
+                f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{context}; lower --max-new-tokens or drop the prompt that begins "
+                f"{str(example['prompt'])[:80]!r}"
+            )
+    return max(len(example["prompt_ids"]) for example in examples)
 
 
 # ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
@@ -296,11 +340,7 @@ def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
     import datasets  # a second of import that the embedded task needn't pay
 
     datasets.disable_progress_bars()
-    if not path.exists() and (
-        path.suffix in FILE_TYPES or source.count("/") != 1 or source.startswith((".", "~", "/"))
-    ):
-        raise InputError(f"{source}: no such file or folder; check the path, or give a hub id such as "
-                         "openai/gsm8k")
+    is_local(source, source)
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
     if path.is_file() and path.stat().st_size == 0:
@@ -385,50 +425,80 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def tiny_policy(
-    seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
-    """A Qwen2 of a million random parameters and its tokenizer, made in memory: nothing to download."""
-    tokenizer = tiny_tokenizer()
-    config = transformers.Qwen2Config(
+def tiny_config(tokenizer) -> transformers.Qwen2Config:
+    """A Qwen2 of a million parameters for the tiny tokenizer."""
+    return transformers.Qwen2Config(
         vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=768,
         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.08,  # with the usual 0.02 so small a model takes twice as long to learn its sums
     )
+
+
+def tiny_policy(
+    seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
+    """The embedded policy with random weights, and its tokenizer, made in memory: nothing to download."""
+    tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Made in its dtype: a later .to(bfloat16) would round the rotary frequencies too.
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), tokenizer
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=dtype)
+    return model.eval(), tokenizer
 
 
-def load_policy(
-    model: str, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """The policy and its tokenizer: `embedded`, a local folder, or a hub id; InputError without it."""
+@dataclass
+class Policy:
+    """The model that learns, with what sampling needs beside it."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stops: list[int]  # token ids that end an answer
+    pad_token_id: int
+
+
+def load_config(
+    model: str, *, trust_remote_code: bool = False
+) -> tuple[transformers.PreTrainedConfig, transformers.PreTrainedTokenizerBase]:
+    """A policy's config and tokenizer, which is all that planning needs: `embedded`, a local folder, or a hub
+    id; InputError without it."""
     if model == "embedded":
-        policy, tokenizer = tiny_policy(seed, dtype)
-        return policy.to(device), tokenizer
+        tokenizer = tiny_tokenizer()
+        return tiny_config(tokenizer), tokenizer
     # The hub's client tells of each of its retries; the error below says all that they say.
     huggingface_hub.utils.logging.set_verbosity_error()
-    folder = Path(model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if is_local(model, f"--model {model}") and not Path(model, "config.json").is_file():
         raise InputError(f"--model {model}: the folder has no config.json; give the folder that "
                          "from_pretrained opens")
-    if not folder.is_dir() and (model.count("/") != 1 or model.startswith((".", "~", "/"))):
-        raise InputError(f"--model {model}: no such folder, nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
     try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        policy = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-        )
     except Exception as error:
         raise cannot_load(f"--model {model}", error) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could "
                          "ever end")
-    return policy.to(device).eval(), tokenizer
+    return config, tokenizer
+
+
+def load_policy(
+    model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
+) -> Policy:
+    """The policy whose tokenizer `load_config` gave, with its weights; InputError when they can't be had."""
+    if model == "embedded":
+        loaded = tiny_policy(seed, dtype)[0]
+    else:
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            ).eval()
+        except Exception as error:
+            raise cannot_load(f"--model {model}", error) from error
+    declared = loaded.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Policy(loaded.to(device), tokenizer, sorted(stops), pad)
 
 
 class RewardModel:
@@ -436,6 +506,7 @@ class RewardModel:
 
     def __init__(self, name: str, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
+        is_local(name, f"--reward-model {name}")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 name, trust_remote_code=trust_remote_code
@@ -479,3 +550,271 @@ class RewardModel:
             return encode_prompt(self.tokenizer, messages, answered=True)
         except InputError as error:
             raise InputError(f"--reward-model: {error}") from error
+
+
+# ---- The run's files ---------------------------------------------------------------------------------------
+
+STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
+
+
+def refuse_folder(folder: Path, new: bool) -> None:
+    """Raises InputError when a run can't write to its folder, or a new one would write over another."""
+    if new and folder.exists():
+        raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise InputError(f"--output-dir {folder.parent}: {nearest} can't be written to; choose another")
+
+
+def append_lines(path: Path, records: list[dict]) -> None:
+    """Add JSON lines in one flushed write; on a full disk the file keeps whole lines, and the run goes on."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
+    except OSError as error:
+        warn(f"{path} can't be written ({error}); training goes on, these lines are lost")
+        with suppress(OSError):
+            os.truncate(path, size)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None:
+    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it.
+
+    It appears whole or not at all: written beside, synced, renamed.
+    """
+    partial = folder.parent / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    try:
+        policy.model.save_pretrained(partial)
+        policy.tokenizer.save_pretrained(partial)
+        if state is not None:
+            (partial / STATE).parent.mkdir()
+            torch.save(state, partial / STATE)
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        if folder.exists():  # `final` of a run that is resumed after its end
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(folder.parent)
+
+
+def step_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p).isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: int(step_of(p)))
+
+
+def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> None:
+    """`checkpoint-<step>`; then all but the newest `keep` are removed.
+
+    A failure (full disk, no permission) only warns: older checkpoints stay.
+    """
+    checkpoint = folder / f"checkpoint-{state['step']}"
+    if checkpoint.exists():
+        return
+    try:
+        save_folder(policy, checkpoint, state)
+        shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
+        for old in checkpoints(folder)[:-keep] if keep else []:
+            # Renamed first, so that one half deleted is never taken for a checkpoint.
+            shutil.rmtree(old.rename(folder / ".checkpoint.old"))
+    except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
+        warn(f"{checkpoint.name} could not be saved ({str(error).splitlines()[0]}); older ones stay")
+
+
+def save_final(policy: Policy, folder: Path) -> None:
+    """The run's `final/`; InputError, with what can be done about it, where it can't be written."""
+    try:
+        save_folder(policy, folder / "final")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
+        raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
+
+
+def load_state(checkpoint: Path) -> dict:
+    """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
+    try:
+        return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read ({reason}); use another checkpoint"
+                         ) from error
+
+
+def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path:
+    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if none."""
+    place = Path(resume)
+    if resume == "latest":
+        every = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
+        found = max(every, key=lambda c: c.stat().st_mtime, default=None)
+    elif (place / STATE).is_file():
+        found = place
+    else:
+        found = next(reversed(checkpoints(place)), None)
+    if found is None:
+        raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
+                         f"folder of a run that has one, or `latest` for the newest below {output_dir}")
+    return Path(os.path.abspath(found))  # of `.` too, the parent is the run's folder
+
+
+def go_back_to(folder: Path, step: int) -> list[dict]:
+    """Leave in a run's folder what a checkpoint of that step knows; returns its metrics. Later checkpoints are
+    renamed: they belong to the course that was left."""
+    for later in checkpoints(folder):
+        if int(step_of(later)) > step:
+            aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
+    keep_lines_up_to(folder / "samples.jsonl", step)
+    return keep_lines_up_to(folder / "metrics.jsonl", step)
+
+
+def keep_lines_up_to(path: Path, step: int) -> list[dict]:
+    """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # half a line, of a run that was killed here
+            records.append(json.loads(line))
+    kept = [record for record in records if record["step"] <= step]
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    beside.replace(path)
+    return kept
+
+
+def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
+    """What samples.jsonl keeps of a step: the first few prompts with all their completions."""
+    return [
+        {
+            "step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
+            "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
+            "finished": e.completion.finished,
+        }
+        for e in episodes if e.group < groups
+    ]
+
+
+def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
+    """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
+    from matplotlib.figure import Figure  # draws without a display
+
+    parts = [name for name in metrics[0] if name.startswith("reward/")]
+    panels = [("reward", ["reward", *parts]), ("accuracy", ["accuracy"]),
+              ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
+    steps = [m["step"] for m in metrics]
+    window = max(1, len(steps) // 20)
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
+        for i, name in enumerate(names):
+            values = [m[name] for m in metrics]
+            recent = [values[max(0, j - window) : j] for j in range(1, len(values) + 1)]
+            axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
+            axis.plot(steps, [sum(part) / len(part) for part in recent], color=f"C{i}", linewidth=2,
+                      label=name.removeprefix("reward/"))
+        if title == "accuracy":
+            axis.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko-",
+                      markersize=5, linewidth=1, label="held-out, greedy")
+        axis.set_title(title, fontsize=13)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(axis.get_legend_handles_labels()[0]) > 1:
+            axis.legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+# ---- What a person sees ------------------------------------------------------------------------------------
+
+
+def say(message: str = "", file=None) -> None:
+    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run."""
+    file = file or sys.stdout
+    try:
+        tqdm.write(message, file=file)
+        file.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def warn(message: str) -> None:
+    say(f"warning: {message}", sys.stderr)
+
+
+def show_step(bar: tqdm, record: dict, steps: int) -> None:
+    """On a terminal the bar's numbers, elsewhere (a log file) a plain line."""
+    shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
+             "length": f"{record['completion_length']:.1f}"}
+    bar.set_postfix(shown)
+    if bar.disable:
+        say(f"step {record['step']}/{steps} {' '.join(f'{k} {v}' for k, v in shown.items())} "
+            f"{record['seconds']:.2f} s" + (f" ({record['skipped']})" if record["skipped"] else ""))
+    if record["bad_updates"]:
+        warn(f"step {record['step']}: loss, gradient or probabilities are not finite; that update changed "
+             "no weight")
+
+
+def side_by_side(before: list, after: list) -> str:
+    """The shown held-out examples with the greedy answers before and after training, in two columns."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
+
+    def column(when: str, answer: str, solved: bool) -> list[str]:
+        wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
+        return [f"{when} ({'solved' if solved else 'not solved'})", *wrapped[:20]]
+
+    lines = []
+    for (request, old, old_solved), (_, new, new_solved) in zip(before, after):
+        lines += ["", *textwrap.wrap(request, 2 * width)]
+        columns = column("before", old, old_solved), column("after", new, new_solved)
+        lines += [f"  {a:<{width}}| {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")]
+    return "\n".join(lines)
+
+
+def report(summary: dict, eval_samples: int, folder: Path) -> str:
+    """The table of accuracy before and after, and where the files are."""
+    rows = {"held-out accuracy (greedy)": (summary["accuracy_before"], summary["accuracy_after"]),
+            f"held-out pass@{eval_samples}": (summary["pass_at_k_before"], summary["pass_at_k_after"])}
+    lines = ["", f"{'':<28}{'before':>8}{'after':>8}"]
+    for name, (before, after) in rows.items():
+        if None not in (before, after):  # pass@k is asked for, and may be from a resumed run's end on
+            lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
+    lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
+    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/")])
+
+
+def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:
+    """One plain warning for each kind of run that has stopped learning, with what usually helps."""
+    last = metrics[-patience:]
+    if len(last) < patience:
+        return
+    all_truncated = all(m["truncated_fraction"] == 1 for m in last)
+    troubles = {
+        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
+        "larger --group-size or --temperature, or a reward with more steps in it usually help":
+            all(m["groups_without_spread"] == 1 for m in last) and not all_truncated,
+        "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
+        "--cold-start-steps to teach the form of an answer, usually help":
+            all_truncated,
+        "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
+        "above 0 or a higher --temperature, from the start, usually help":
+            all(m["entropy"] < 1e-3 for m in last),
+    }
+    for message, is_so in troubles.items():
+        if is_so and message not in warned:
+            warned.add(message)
+            warn(message)

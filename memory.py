@@ -4,21 +4,20 @@ Log-probabilities that never hold the logits, 8-bit AdamW on exact float32 maste
 float32, checkpointing of as many layers as needed, a reference policy that rests in host memory, and a plan
 that says beforehand what a run will take. Copy what you need: this file imports nothing of the project.
 Left out on purpose: several GPUs, LoRA, quantized weights, models whose logits are not hidden @ weight.T.
-
-    python memory.py --model Qwen/Qwen2.5-0.5B-Instruct --budget-gib 12
 """
 
-import argparse
 import ctypes
 import logging
 import math
 import os
+import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -130,49 +129,6 @@ def token_logprobs(
     # At most two float32 numbers, or one and its half-precision copy, exist for a logit at any time.
     rows = chunk_size or max(1, HEAD_WORKSPACE // (8 * len(weight)))
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, rows, into_weight_grad)
-
-
-@torch.no_grad()
-def plain_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
-    """(backbone, head weight [V, H]) of a causal LM whose logits are just hidden @ weight.T.
-
-    It is proved, not looked up: the model's head runs on hidden states scaled until logits reach 100, where a
-    soft cap, a scale or whatever else lies between hidden states and logits shows. Call it once, at start-up.
-    Raises ValueError, with the cause where it is known, when logits are anything else.
-    """
-    name, backbone, head = type(model).__name__, model.base_model, model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if backbone is model or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise ValueError(f"{name} has no backbone with a linear head; use a causal LM, like Qwen2ForCausalLM")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{name}: its head has a bias, but logits must be just hidden @ weight.T")
-
-    def replace_output(module, args, output):
-        nonlocal hidden
-        hidden = output.last_hidden_state
-        hidden = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
-        output.last_hidden_state = hidden
-        return output
-
-    hidden, was_training = torch.zeros_like(weight[:1]), model.training  # stays so if it isn't called
-    hook = backbone.register_forward_hook(replace_output)
-    try:
-        ids = torch.arange(3, device=weight.device)[None] % len(weight)
-        logits = model.eval()(ids, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-        model.train(was_training)
-
-    expected = F.linear(hidden, weight).float()
-    if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=0.02, atol=0.02):
-        config = model.config.get_text_config()
-        suspects = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        found = [f"{key} is {getattr(config, key)}" for key in suspects if getattr(config, key, None)]
-        raise ValueError(
-            f"{name}: logits are not just hidden @ weight.T ({' and '.join(found) or 'cause unknown'}); "
-            "use a model with a plain head, like Qwen2, Qwen3, Llama or Mistral"
-        )
-    return backbone, weight
 
 
 # ---- Gradients ---------------------------------------------------------------------------------------------
@@ -319,9 +275,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 
 @contextmanager
-def checkpoint_layers(model: nn.Module, count: int | None) -> Iterator[None]:
+def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
     """Within it, the first `count` decoder layers (None: all, 0: none) keep just their input for the backward
-    pass, which computes the rest again (Chen et al., arXiv 1604.06174). The forward pass goes inside, the
+    pass, which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The forward pass goes inside, the
     backward pass may come after, sampling stays outside.
 
     These are transformers' own layers, but not its own switch: that one wants training mode, whose dropout
@@ -332,7 +288,7 @@ def checkpoint_layers(model: nn.Module, count: int | None) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     count = len(layers) if count is None else count
     if not 0 <= count <= len(layers):
-        raise ValueError(f"can't checkpoint {count} layers: {type(model).__name__} has {len(layers)}")
+        raise ValueError(f"can't recompute {count} layers: {type(model).__name__} has {len(layers)}")
     for layer in layers[:count]:  # no dropout, so no random state to keep
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -400,7 +356,7 @@ def packed_hidden_states(
 
     A prompt that several completions share goes through the model once, and no padding does: only attention,
     a small part of the work, is done on E padded rows. Returns (hidden[T, H], places[E, L], on the host): row
-    e's token i has hidden[places[e, i]]. The backbone must be of a model that went through allow_packing.
+    e's token i has hidden[places[e, i]]. The backbone must be of a model that went through prepare_model.
 
     Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
     [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding.
@@ -425,29 +381,59 @@ def packed_hidden_states(
 
 
 @torch.no_grad()
-def allow_packing(model: PreTrainedModel) -> None:
-    """Set the model's attention to packed_attention; of ordinary input it still makes what it made before.
+def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
+    """Set a causal LM's attention to packed_attention; returns its backbone and its head's weight [V, H].
 
-    It is proved, not looked up, that packed rows come out as they did alone. Call it once, at start-up.
-    Raises ValueError when they don't, as with attention that isn't called through transformers' interface.
+    Two things are proved, not looked up: that logits are just hidden @ weight.T, on hidden states scaled until
+    logits reach 100, where a soft cap, a scale or whatever else lies between shows; and that packed rows come
+    out as they did alone. Of ordinary input the model makes what it made before. Call it once, at start-up.
+    Raises ValueError, with the cause where it is known.
     """
-    backbone, prompt, completions = model.base_model, [0, 1], [[2], [1, 0]]
-    rows = [torch.tensor([prompt + completion], device=model.device) for completion in completions]
-    alone = [backbone(row, use_cache=False).last_hidden_state[0] for row in rows]
+    name, backbone, head = type(model).__name__, model.base_model, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if backbone is model or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise ValueError(f"{name} has no backbone with a linear head; use a causal LM, like Qwen2ForCausalLM")
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{name}: its head has a bias, but logits must be just hidden @ weight.T")
+
+    def scale_output(module, args, output):
+        hidden = output.last_hidden_state
+        scaled = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
+        seen.extend((hidden, scaled))
+        output.last_hidden_state = scaled
+        return output
+
+    seen, prompt, completions = [], [0, 1], [[2], [1, 0]]
+    rows = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]], device=weight.device)  # causal: padding needs no mask
+    hook = backbone.register_forward_hook(scale_output)
+    try:
+        logits = model(rows, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    expected = F.linear(seen[1], weight).float() if seen else None
+    if expected is None or logits.shape != expected.shape or not torch.allclose(logits, expected, 0.02, 0.02):
+        config = model.config.get_text_config()
+        suspects = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        found = [f"{key} is {getattr(config, key)}" for key in suspects if getattr(config, key, None)]
+        raise ValueError(
+            f"{name}: logits are not just hidden @ weight.T ({' and '.join(found) or 'cause unknown'}); "
+            "use a model with a plain head, like Qwen2, Qwen3, Llama or Mistral"
+        )
+
+    alone = [row[: len(prompt + completion)] for row, completion in zip(seen[0], completions)]
     try:
         model.set_attn_implementation("packed")
         hidden, places = packed_hidden_states(backbone, [prompt] * 2, completions)
-        same = all(
-            (hidden[place[: len(x)]] - x).float().norm() < 0.05 * x.float().norm()
-            for place, x in zip(places, alone)
-        )
+        packed = [hidden[place[: len(row)]] for place, row in zip(places, alone)]
+        same = all((x - y).float().norm() < 0.05 * y.float().norm() for x, y in zip(packed, alone))
     except (RuntimeError, TypeError, ValueError):  # from attention that doesn't know these arguments
         same = False
     if not same:
         raise ValueError(
-            f"{type(model).__name__}: its attention doesn't go through transformers' interface, by which a "
-            "prompt is computed once for all its answers; use a model like Qwen2, Qwen3, Llama or Mistral"
+            f"{name}: its attention doesn't go through transformers' interface, by which a prompt is computed "
+            "once for all its answers; use a model like Qwen2, Qwen3, Llama or Mistral"
         )
+    return backbone, weight
 
 
 # ---- The reference policy ----------------------------------------------------------------------------------
@@ -461,13 +447,19 @@ class ReferencePolicy:
         with reference.swapped_in():
             ...  # model computes with the reference's weights
         reference.refresh()  # the current policy becomes the reference
+
+    Called, it gives what `logprobs`, a function over sequences, computes with the model as the reference.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
+        self.model, self.logprobs = model, logprobs
         self.swapped = False
         # named_parameters() gives a tied weight once, so it is held and traded once
         self.weights = {name: self._on_host(p) for name, p in model.named_parameters()}
+
+    def __call__(self, sequences: list) -> list[Tensor]:
+        with self.swapped_in():
+            return self.logprobs(sequences)
 
     @staticmethod
     def _on_host(p: nn.Parameter) -> Tensor:
@@ -524,6 +516,52 @@ class DoesNotFit(ValueError):
 
 
 @dataclass
+class Limits:
+    """How much is computed at a time. The plan chooses it, and running out of memory makes it smaller."""
+
+    max_rows: int  # answers sampled together
+    micro_batch_tokens: int
+    recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
+    layers: int
+    reward_rows: int = 16  # answers scored together by a reward model
+
+    def shrink(self, phase: Literal["rollout", "reward model", "update"], longest: int) -> str | None:
+        """Make `phase` smaller, whose longest sequence has so many tokens; what it is now, None at the least."""
+        if phase == "rollout" and self.max_rows > 1:
+            self.max_rows //= 2
+            return f"{self.max_rows} rows at a time"
+        if phase == "reward model" and self.reward_rows > 1:
+            self.reward_rows //= 2
+            return f"{self.reward_rows} answers at a time in the reward model"
+        if phase == "update" and self.micro_batch_tokens > longest:
+            self.micro_batch_tokens = max(self.micro_batch_tokens // 2, longest)
+            return f"micro-batches of {self.micro_batch_tokens} tokens"
+        if phase == "update" and self.recomputed_layers < self.layers:
+            self.recomputed_layers = self.layers
+            return "every layer computed again in the backward pass"
+        return None
+
+
+def until_it_fits(attempt: Callable, limits: Limits, phase: str, longest: int = 0, tell: Callable = print):
+    """attempt()'s result. When the GPU's memory runs out, the limits are made smaller, `tell` is told how, and
+    the attempt is made again from its start. Raises DoesNotFit when they are at the least."""
+    while True:
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            smaller = limits.shrink(phase, longest)
+            if smaller is None:
+                raise DoesNotFit(
+                    f"out of memory in the {phase} with the least that can be done at a time; try a shorter "
+                    "--max-new-tokens, --offload-optimizer or a smaller --model"
+                ) from error
+        # Outside the handler, because the exception holds on to the failed attempt's tensors.
+        tell(f"out of memory; again with {smaller}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@dataclass
 class MemoryPlan:
     """Bytes of tensors that a run holds, part by part, and the choices that make it fit."""
 
@@ -540,10 +578,8 @@ class MemoryPlan:
     sampler: int  # logits of all rows and what sampling makes of them, or the prefill
     host_reference: int
     host_optimizer: int
-    micro_batch_tokens: int
-    checkpointed_layers: int
-    layers: int
-    max_rows: int
+    limits: Limits
+    parameters: int
     memory_budget_bytes: int
 
     @property
@@ -561,15 +597,16 @@ class MemoryPlan:
 
     def table(self) -> str:
         """For people: a line a part, in GB (10^9 bytes), a column for sampling and one for the update."""
-        checkpointed = f"{self.checkpointed_layers} of {self.layers} layers checkpointed"
+        limits = self.limits
+        batch = f"{limits.micro_batch_tokens} tokens, {limits.recomputed_layers} of {limits.layers} layers again"
         rows = [
             ("weights", self.weights, self.weights),
             ("lower halves of the float32 masters", self.remainder, self.remainder),
             ("Adam moments, 8-bit", self.moments, self.moments),
             ("gradients, float32", None, self.gradients),
-            (f"KV cache, {self.max_rows} rows", self.kv_cache, None),
+            (f"KV cache, {limits.max_rows} rows", self.kv_cache, None),
             ("sampler: logits or prefill", self.sampler, None),
-            (f"activations, {self.micro_batch_tokens} tokens, {checkpointed}", None, self.activations),
+            (f"activations, {batch}", None, self.activations),
             ("  with them: the head, a chunk of logits at a time", None, self.head),
             ("  or with them: backward through a layer", None, self.layer),
             ("or instead: the embedding's gradient", None, self.embedding),
@@ -590,38 +627,38 @@ class MemoryPlan:
 def plan(
     model_config: PreTrainedConfig, *, prompt_tokens: int, max_new_tokens: int, prompts: int, group_size: int,
     dtype: torch.dtype, memory_budget_bytes: int, offload_optimizer: bool = False, reference: bool = False,
-    top_entropy: float = 1.0, micro_batch_tokens: int | None = None, checkpointed_layers: int | None = None,
+    top_entropy: float = 1.0, micro_batch_tokens: int | None = None, recomputed_layers: int | None = None,
     max_rows: int | None = None, training: bool = True, trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
     memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. Without
-    `training` only sampling is planned. micro_batch_tokens, checkpointed_layers and max_rows are choices:
+    `training` only sampling is planned. micro_batch_tokens, recomputed_layers and max_rows are choices:
     those given are kept, the others made, with as many sampler rows as fit and the micro-batch and
     checkpointing of least work. It needs only the config, of a decoder built like Llama or Qwen, and assumes
     a loop that uses all of this file, token_logprobs with into_weight_grad.
     Raises DoesNotFit, in one line that names the flag that would help.
     """
-    asked = SimpleNamespace(**{key: value for key, value in locals().items() if key != "model_config"})
+    wanted = SimpleNamespace(**{key: value for key, value in locals().items() if key != "model_config"})
     config = model_config.get_text_config()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
-    asked.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
+    wanted.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
 
-    best = _fastest(config, sizes, asked)
+    best = _fastest(config, sizes, wanted)
     if best.fits:
         return best
     shorter = {"max_new_tokens": max(1, max_new_tokens // 4)}
     remedies = {
         "leaving rows, micro-batch and checkpointing to the plan":
-            {"max_rows": None, "micro_batch_tokens": None, "checkpointed_layers": None},
+            {"max_rows": None, "micro_batch_tokens": None, "recomputed_layers": None},
         "--offload-optimizer": {"offload_optimizer": True},
         f"a shorter --max-new-tokens, such as {shorter['max_new_tokens']}": shorter,
         "--offload-optimizer with a shorter --max-new-tokens": {"offload_optimizer": True, **shorter},
     }
     helps = [words for words, change in remedies.items()
-             if _fastest(config, sizes, SimpleNamespace(**{**vars(asked), **change})).fits]
+             if _fastest(config, sizes, SimpleNamespace(**{**vars(wanted), **change})).fits]
     peaks = {"update": best.update_peak_bytes, "rollout": best.rollout_peak_bytes}
     over = [f"the {what} takes {x / 1e9:.1f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
     raise DoesNotFit(
@@ -630,86 +667,84 @@ def plan(
     )
 
 
-def _fastest(config: PreTrainedConfig, sizes: list[int], asked: SimpleNamespace) -> MemoryPlan:
+def _fastest(config: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace) -> MemoryPlan:
     """The plan of least work among those that fit, or else the smallest one."""
-    episode, episodes = asked.prompt_tokens + asked.max_new_tokens, asked.prompts * asked.group_size
+    episode, episodes = wanted.prompt_tokens + wanted.max_new_tokens, wanted.prompts * wanted.group_size
     most = max(episode, min(2**15, episodes * episode))
-    tokens = [asked.micro_batch_tokens or episode]
-    if asked.micro_batch_tokens is None:
+    tokens = [wanted.micro_batch_tokens or episode]
+    if wanted.micro_batch_tokens is None:
         tokens += [2**i for i in range(6, 16) if episode < 2**i < most] + [most]
     layers = config.num_hidden_layers
-    checkpointed = range(layers, -1, -1) if asked.checkpointed_layers is None else [asked.checkpointed_layers]
-    rows = range(episodes, 0, -1) if asked.max_rows is None else [asked.max_rows]
+    recomputed = range(layers, -1, -1) if wanted.recomputed_layers is None else [wanted.recomputed_layers]
+    rows = range(episodes, 0, -1) if wanted.max_rows is None else [wanted.max_rows]
 
     def work(p: MemoryPlan) -> float:
-        # A token's forward pass is 1 and its backward pass 2; checkpointed layers' forward is done twice. A
+        # A token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
         # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
-        return (3 + p.checkpointed_layers / layers) * (1 + 400 / p.micro_batch_tokens)
+        return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
 
-    plans = [_bytes(config, sizes, asked, tokens[0], checkpointed[0], r) for r in rows]
-    few = next((p for p in plans if p.rollout_peak_bytes <= asked.memory_budget_bytes), plans[-1]).max_rows
-    plans = [_bytes(config, sizes, asked, t, k, few) for t in tokens for k in checkpointed]
-    fitting = [p for p in plans if p.update_peak_bytes <= asked.memory_budget_bytes]
+    plans = [_bytes(config, sizes, wanted, tokens[0], recomputed[0], r) for r in rows]
+    few = next((p for p in plans if p.rollout_peak_bytes <= wanted.memory_budget_bytes), plans[-1]).limits.max_rows
+    plans = [_bytes(config, sizes, wanted, t, k, few) for t in tokens for k in recomputed]
+    fitting = [p for p in plans if p.update_peak_bytes <= wanted.memory_budget_bytes]
     return min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
 
 
 def _bytes(
-    c: PreTrainedConfig, sizes: list[int], asked: SimpleNamespace, tokens: int, checkpointed: int, rows: int
+    c: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int
 ) -> MemoryPlan:
     """The plan of these choices. Each line was checked against living tensors by tests/bench_memory.py."""
     byte, layers, vocab, wide, heads = (
-        asked.dtype.itemsize, c.num_hidden_layers, c.vocab_size, c.hidden_size, c.num_attention_heads
+        wanted.dtype.itemsize, c.num_hidden_layers, c.vocab_size, c.hidden_size, c.num_attention_heads
     )
     head_dim = getattr(c, "head_dim", None) or wide // heads
     queries, keys = heads * head_dim, (getattr(c, "num_key_value_heads", None) or heads) * head_dim
     inner = getattr(c, "intermediate_size", None) or 4 * wide
-    episode = asked.prompt_tokens + asked.max_new_tokens
+    episode = wanted.prompt_tokens + wanted.max_new_tokens
 
-    remainder = 2 * sum(sizes) if asked.dtype == torch.bfloat16 else 0
+    remainder = 2 * sum(sizes) if wanted.dtype == torch.bfloat16 else 0
     # A byte each and a float32 a block of 256; the library keeps moments of small parameters in float32.
     moments = sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
-    in_host = remainder + moments if asked.offload_optimizer else 0
+    in_host = remainder + moments if wanted.offload_optimizer else 0
     visiting = in_host * max(sizes) // sum(sizes)
 
     padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
-    counted = int(padded * asked.top_entropy)
+    counted = int(padded * wanted.top_entropy)
     norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
     kept = 2 * norm + byte * (3 * queries + 2 * keys + 4 * inner) + 4 * heads
-    if asked.query_norms:  # Qwen3 normalises queries and keys as well
+    if wanted.query_norms:  # Qwen3 normalises queries and keys as well
         kept += (4 + byte) * (queries + keys)
-    again = kept if checkpointed == layers else 0
+    again = kept if recomputed == layers else 0
     weight_gradient = wide * inner * (byte + 4 if byte < 4 else 4)
 
     # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
-    waiting = rows < asked.prompts * asked.group_size
-    columns = episode + (asked.max_new_tokens // 2 if waiting else 0)
+    waiting = rows < wanted.prompts * wanted.group_size
+    columns = episode + (wanted.max_new_tokens // 2 if waiting else 0)
     kv_token = 2 * keys * byte * layers
     kv_cache = rows * columns * kv_token
     # One buffer is copied when rows leave. Older transformers (5.17) also repeats a layer's keys and values
     # for each query head while it decodes.
     copies = 1 if hasattr(sdpa_attention, "pack_gqa") else max(1, 2 * queries // keys)
-    prefill = math.ceil(rows / asked.group_size) * asked.prompt_tokens * (kv_token + 3 * byte * inner)
+    prefill = math.ceil(rows / wanted.group_size) * wanted.prompt_tokens * (kv_token + 3 * byte * inner)
     planned = MemoryPlan(
         weights=byte * sum(sizes),
-        remainder=0 if asked.offload_optimizer else remainder,
-        moments=0 if asked.offload_optimizer else moments,
+        remainder=0 if wanted.offload_optimizer else remainder,
+        moments=0 if wanted.offload_optimizer else moments,
         gradients=4 * sum(sizes),
-        activations=padded * ((layers - checkpointed) * kept + checkpointed * byte * wide),
+        activations=padded * ((layers - recomputed) * kept + recomputed * byte * wide),
         head=min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
         layer=padded * (again + 2 * byte * wide) + max(padded * 2 * byte * inner, weight_gradient),
         embedding=vocab * wide * (byte + 4 if byte < 4 else 4),
         step=visiting + 16 * OPTIMIZER_SLICE,
         kv_cache=kv_cache,
         sampler=max(rows * vocab * (byte + 16) + copies * kv_cache // (2 * layers), prefill),
-        host_reference=byte * sum(sizes) if asked.reference else 0,
+        host_reference=byte * sum(sizes) if wanted.reference else 0,
         host_optimizer=in_host,
-        micro_batch_tokens=tokens,
-        checkpointed_layers=checkpointed,
-        layers=layers,
-        max_rows=rows,
-        memory_budget_bytes=asked.memory_budget_bytes,
+        limits=Limits(rows, tokens, recomputed, layers),
+        parameters=sum(sizes),
+        memory_budget_bytes=wanted.memory_budget_bytes,
     )
-    if asked.training:
+    if wanted.training:
         return planned
     only_trained = ("remainder", "moments", "gradients", "activations", "head", "layer", "embedding", "step",
                     "host_reference", "host_optimizer")
@@ -742,30 +777,9 @@ def detect_budget_bytes(device: torch.device | str) -> int:
     return int(0.8 * available)
 
 
-def main() -> int:
-    """Print the plan for a model and a memory size: the defaults are those of the recipe `improved`."""
-    parser = argparse.ArgumentParser(description="what training a model will take, part by part")
-    parser.add_argument("--model", required=True, help="folder or hub id; only its config is read")
-    parser.add_argument("--budget-gib", type=float, required=True, help="memory for tensors, in GiB")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="tokens of the longest answer")
-    parser.add_argument("--prompt-tokens", type=int, default=150, help="tokens of the longest prompt")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts a step")
-    parser.add_argument("--group-size", type=int, default=8, help="answers to each")
-    parser.add_argument("--top-entropy", type=float, default=0.2, help="share of the tokens that count")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--offload-optimizer", action="store_true", help="keep its state in host memory")
-    settings = vars(parser.parse_args())
-    model, gib, dtype = (settings.pop(key) for key in ("model", "budget_gib", "dtype"))
-    settings |= {"dtype": getattr(torch, dtype), "memory_budget_bytes": int(gib * 2**30)}
-    what = "neither a folder with a config nor a readable hub id: "
-    try:
-        config, what = transformers.AutoConfig.from_pretrained(model), ""
-        print(plan(config, reference=True, **settings).table())
-    except (OSError, ValueError) as error:  # no config, DoesNotFit, or a config that is no causal LM's
-        print(f"{model}: {what}{str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def peak_memory(device: str) -> int:
+    """Bytes: the most that tensors took on the GPU, or the process's largest resident size on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
