@@ -60,6 +60,17 @@ def is_local(name: str, what: str) -> bool:
     return False
 
 
+def from_pretrained(kind, name: str, what: str, **options):
+    """kind.from_pretrained(name), of a local folder or the hub; InputError, about `what`, when it fails."""
+    # The hub's client tells of each of its retries; the error says all that they say.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    is_local(name, what)
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:
+        raise cannot_load(what, error) from error
+
+
 # ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
 
 
@@ -466,16 +477,13 @@ def load_config(
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
-    # The hub's client tells of each of its retries; the error below says all that they say.
-    huggingface_hub.utils.logging.set_verbosity_error()
-    if is_local(model, f"--model {model}") and not Path(model, "config.json").is_file():
+    if Path(model).is_dir() and not Path(model, "config.json").is_file():
         raise InputError(f"--model {model}: the folder has no config.json; give the folder that "
                          "from_pretrained opens")
-    try:
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise cannot_load(f"--model {model}", error) from error
+    config, tokenizer = (
+        from_pretrained(kind, model, f"--model {model}", trust_remote_code=trust_remote_code)
+        for kind in (transformers.AutoConfig, transformers.AutoTokenizer)
+    )
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could "
                          "ever end")
@@ -489,12 +497,10 @@ def load_policy(
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
-        try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-            ).eval()
-        except Exception as error:
-            raise cannot_load(f"--model {model}", error) from error
+        loaded = from_pretrained(
+            transformers.AutoModelForCausalLM, model, f"--model {model}", dtype=dtype,
+            attn_implementation="sdpa", trust_remote_code=trust_remote_code,
+        ).eval()
     declared = loaded.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -504,18 +510,13 @@ def load_policy(
 class RewardModel:
     """A sequence-classification model with one label; it scores answers and rests in host memory."""
 
-    def __init__(self, name: str, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False):
+    def __init__(self, name: str, *, device: str, **options):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
-        is_local(name, f"--reward-model {name}")
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust_remote_code
-            )
-            self.model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code
-            ).eval()
-        except Exception as error:
-            raise cannot_load(f"--reward-model {name}", error) from error
+        what = f"--reward-model {name}"
+        self.tokenizer = from_pretrained(transformers.AutoTokenizer, name, what)
+        self.model = from_pretrained(
+            transformers.AutoModelForSequenceClassification, name, what, **options
+        ).eval()
         if self.model.config.num_labels != 1:
             raise InputError(f"--reward-model {name}: has {self.model.config.num_labels} labels; use one "
                              "with a single label")

@@ -10,7 +10,6 @@ purpose: several GPUs, adapters (every weight is trained), and any sampling but 
 or top-k would draw from another distribution than the one the loss differentiates.
 """
 
-import argparse
 import dataclasses
 import difflib
 import itertools
@@ -268,10 +267,10 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     config, step, started = run.config, run.step + 1, time.monotonic()
 
     # Sample a group of answers to each prompt, and score them.
+    examples = run.next_examples(config.prompts_per_step)
     episodes = rollout(
-        run.sampler, run.score, run.policy.tokenizer, run.next_examples(), run.limits,
-        group_size=config.group_size, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        generator=run.generator,
+        run.sampler, run.score, run.policy.tokenizer, examples, run.limits, group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=run.generator,
     )
     sampled = time.monotonic()
 
@@ -301,7 +300,8 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     if run.reference and config.reference_every and step % config.reference_every == 0:
         run.reference.refresh()
 
-    run.step_made(bad=bool(learned.get("bad_updates")))
+    run.step, run.drawn = step, run.drawn + len(examples)
+    run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
     return step_metrics(step, episodes, learned, skipped, rate) | {
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
@@ -922,25 +922,20 @@ class Run:
     limits: memory.Limits
     optimizer: memory.AdamW8bit
     generator: torch.Generator  # the sampler draws from it
-    shuffle: random.Random  # orders the examples
     before: dict | None = None  # the evaluation before the first step
     step: int = 0
     bad_steps: int = 0  # in a row
-    order: list[int] = field(default_factory=list)  # examples still to come in this pass over them
+    drawn: int = 0  # examples that the steps so far have used
     evaluations: list[dict] = field(default_factory=list)  # step, accuracy, pass@k
 
-    progress: ClassVar = ("before", "step", "bad_steps", "order", "evaluations")
+    progress: ClassVar = ("before", "step", "bad_steps", "drawn", "evaluations")
 
-    def next_examples(self) -> list[dict]:
-        """The examples of the step to come: pass after pass over all of them, each in a new order."""
-        while len(self.order) < self.config.prompts_per_step:
-            self.order += self.shuffle.sample(range(len(self.examples)), len(self.examples))
-        return [self.examples[i] for i in self.order[: self.config.prompts_per_step]]
-
-    def step_made(self, bad: bool) -> None:
-        self.step += 1
-        self.bad_steps = self.bad_steps + 1 if bad else 0
-        del self.order[: self.config.prompts_per_step]
+    def next_examples(self, count: int) -> list[dict]:
+        """The examples to come: pass after pass over all of them, each in a new order."""
+        shuffle, order = random.Random(self.config.seed), []
+        while len(order) < self.drawn + count:
+            order += shuffle.sample(self.examples, len(self.examples))
+        return order[self.drawn : self.drawn + count]
 
     def save(self) -> None:
         # While numbers go wrong, no checkpoint from before that is removed.
@@ -954,8 +949,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
             "sampling_random": self.generator.get_state(), "torch_random": torch.get_rng_state(),
-            "shuffle_random": self.shuffle.getstate(),
-            **{name: getattr(self, name) for name in self.progress},
+            "examples": len(self.examples), **{name: getattr(self, name) for name in self.progress},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -964,7 +958,6 @@ class Run:
             self.reference.load_state_dict(state["reference"])
         self.generator.set_state(state["sampling_random"])
         torch.set_rng_state(state["torch_random"])
-        self.shuffle.setstate(state["shuffle_random"])
         for name in self.progress:
             setattr(self, name, state[name])
 
@@ -1023,7 +1016,7 @@ def open_run(config: Config) -> Run | None:
         partial(sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id),
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
-        torch.Generator(device).manual_seed(config.seed), random.Random(config.seed),
+        torch.Generator(device).manual_seed(config.seed),
     )
     if state:
         try:
@@ -1031,9 +1024,9 @@ def open_run(config: Config) -> Run | None:
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
                              "the device, dtype and model that it was made with") from error
-        if max(run.order, default=0) >= len(examples):
-            raise InputError(f"--resume {checkpoint}: the task has only {len(examples)} examples now; bring "
-                             "back those that the run was started with")
+        if state["examples"] != len(examples):
+            raise InputError(f"--resume {checkpoint}: the task has {len(examples)} examples now, not "
+                             f"{state['examples']}; bring back those that the run was started with")
         say(f"resumed after step {run.step} from {checkpoint}")
     return run
 
@@ -1195,24 +1188,6 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     def fail(message: str):
         raise InputError(f"{message}; see python grpo_scratch.py --help")
 
-    # A first look, at the flags that decide the defaults.
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.error = fail
-    for name, default in (("--recipe", "auto"), ("--resume", None), ("--name", None)):
-        peek.add_argument(name, default=default)
-    peek.add_argument("--output-dir", "--output_dir", default="runs")
-    peek.add_argument("--reward", nargs="+")
-    early = peek.parse_known_args(arguments)[0]
-    saved = None
-    if early.resume:
-        checkpoint = data.find_checkpoint(early.resume, early.output_dir, early.name)
-        # Leave to run code is not taken over. What an older checkpoint doesn't know counts as its default.
-        known = dataclasses.asdict(Config()) | data.load_state(checkpoint)["config"]
-        saved = {f.name: known[f.name] for f in dataclasses.fields(Config)} | {"trust_remote_code": False}
-        if not early.reward and any(name.split(":")[0].endswith(".py") for name in saved["reward"]):
-            raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if "
-                             "you trust it, give it again with --reward")
-    recipe = saved["recipe"] if saved else resolve_recipe(early.recipe)
     flags = dataclasses.make_dataclass("Flags", [  # the parser would hand all metadata on to argparse
         (f.name, f.type, field(default=f.default, default_factory=f.default_factory,
                                metadata={"help": f.metadata["help"]})) for f in dataclasses.fields(Config)
@@ -1220,8 +1195,22 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     parser = transformers.HfArgumentParser(
         flags, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
         description=__doc__.splitlines()[0], allow_abbrev=False,
-        epilog=f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}",
     )
+    parser.error = fail
+    # A first look, at the flags that decide the defaults which --help shows.
+    arguments = sys.argv[1:] if arguments is None else arguments
+    early = parser.parse_known_args([x for x in arguments if x not in ("-h", "--help")])[0]
+    saved = None
+    if early.resume:
+        checkpoint = data.find_checkpoint(early.resume, early.output_dir, early.name)
+        # Leave to run code is not taken over. What an older checkpoint doesn't know counts as its default.
+        known = dataclasses.asdict(Config()) | data.load_state(checkpoint)["config"]
+        saved = {f.name: known[f.name] for f in dataclasses.fields(Config)} | {"trust_remote_code": False}
+        if "--reward" not in arguments and any(name.split(":")[0].endswith(".py") for name in saved["reward"]):
+            raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if "
+                             "you trust it, give it again with --reward")
+    recipe = saved["recipe"] if saved else resolve_recipe(early.recipe)
+    parser.epilog = f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}"
     parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None}))
     groups = {f.name: f.metadata["group"] for f in dataclasses.fields(Config) if "group" in f.metadata}
     group = None
@@ -1232,7 +1221,6 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
 
-    parser.error = fail
     config, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )

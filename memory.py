@@ -14,7 +14,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
@@ -563,33 +563,24 @@ def until_it_fits(attempt: Callable, limits: Limits, phase: str, longest: int = 
 
 @dataclass
 class MemoryPlan:
-    """Bytes of tensors that a run holds, part by part, and the choices that make it fit."""
+    """Bytes of tensors that a run holds, part by part, and the limits that make it fit."""
 
-    weights: int
-    remainder: int  # lower halves of the float32 masters
-    moments: int
-    gradients: int
-    activations: int  # kept for the backward pass of one micro-batch
-    head: int  # token_logprobs: a chunk of logits, and what it takes and gives a token
-    layer: int  # backward through one layer, and its activations where they are computed again
-    embedding: int  # its gradient as it arrives: dense, in the model's dtype and in float32
-    step: int  # the slice being updated; with offload, one parameter's state on a visit
-    kv_cache: int
-    sampler: int  # logits of all rows and what sampling makes of them, or the prefill
-    host_reference: int
-    host_optimizer: int
+    held: dict[str, int]  # all the time
+    rollout: dict[str, int]  # besides, while sampling
+    update: dict[str, int]  # besides, in the update: six parts in the order of update_peak_bytes; {}: no update
+    host: dict[str, int]  # in host memory
     limits: Limits
     parameters: int
     memory_budget_bytes: int
 
     @property
     def rollout_peak_bytes(self) -> int:
-        return self.weights + self.remainder + self.moments + self.kv_cache + self.sampler
+        return sum(self.held.values()) + sum(self.rollout.values())
 
     @property
     def update_peak_bytes(self) -> int:
-        work = max(self.activations + max(self.head, self.layer), self.embedding, self.step)
-        return self.weights + self.remainder + self.moments + self.gradients + work
+        gradients, activations, head, layer, embedding, step = self.update.values() or [0] * 6
+        return sum(self.held.values()) + gradients + max(activations + max(head, layer), embedding, step)
 
     @property
     def fits(self) -> bool:
@@ -597,31 +588,16 @@ class MemoryPlan:
 
     def table(self) -> str:
         """For people: a line a part, in GB (10^9 bytes), a column for sampling and one for the update."""
-        limits = self.limits
-        batch = f"{limits.micro_batch_tokens} tokens, {limits.recomputed_layers} of {limits.layers} layers again"
-        rows = [
-            ("weights", self.weights, self.weights),
-            ("lower halves of the float32 masters", self.remainder, self.remainder),
-            ("Adam moments, 8-bit", self.moments, self.moments),
-            ("gradients, float32", None, self.gradients),
-            (f"KV cache, {limits.max_rows} rows", self.kv_cache, None),
-            ("sampler: logits or prefill", self.sampler, None),
-            (f"activations, {batch}", None, self.activations),
-            ("  with them: the head, a chunk of logits at a time", None, self.head),
-            ("  or with them: backward through a layer", None, self.layer),
-            ("or instead: the embedding's gradient", None, self.embedding),
-            ("or instead: the optimizer's step", None, self.step),
-            ("peak", self.rollout_peak_bytes, self.update_peak_bytes),
-            ("budget", self.memory_budget_bytes, self.memory_budget_bytes),
-            ("host memory: reference policy", self.host_reference, self.host_reference),
-            ("host memory: optimizer", self.host_optimizer, self.host_optimizer),
-        ]
-        width = max(len(name) for name, *_ in rows)
-        lines = [f"{'GB':<{width}}  rollout   update"]
-        for name, *columns in rows:
-            cells = (f"{'-':>8}" if x is None else f"{x / 1e9:8.2f}" for x in columns)
-            lines.append(f"{name:<{width}} {' '.join(cells)}")
-        return "\n".join(lines)
+        rows = [(name, x, x) for name, x in self.held.items()]
+        rows += [(name, x, None) for name, x in self.rollout.items()]
+        rows += [(name, None, x) for name, x in self.update.items()]
+        rows += [("peak", self.rollout_peak_bytes, self.update_peak_bytes)]
+        rows += [("budget", self.memory_budget_bytes, self.memory_budget_bytes)]
+        rows += [(f"host memory: {name}", x, x) for name, x in self.host.items()]
+        cell = lambda x: f"{'-':>8}" if x is None else f"{x / 1e9:8.2f}"
+        return "\n".join([f"{'GB':<48}  rollout   update"] + [
+            f"{name:<48} {cell(rollout)} {cell(update)}" for name, rollout, update in rows
+        ])
 
 
 def plan(
@@ -651,7 +627,7 @@ def plan(
         return best
     shorter = {"max_new_tokens": max(1, max_new_tokens // 4)}
     remedies = {
-        "leaving rows, micro-batch and checkpointing to the plan":
+        "leaving rows, micro-batch and recomputed layers to the plan":
             {"max_rows": None, "micro_batch_tokens": None, "recomputed_layers": None},
         "--offload-optimizer": {"offload_optimizer": True},
         f"a shorter --max-new-tokens, such as {shorter['max_new_tokens']}": shorter,
@@ -684,8 +660,8 @@ def _fastest(config: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace
         return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
 
     plans = [_bytes(config, sizes, wanted, tokens[0], recomputed[0], r) for r in rows]
-    few = next((p for p in plans if p.rollout_peak_bytes <= wanted.memory_budget_bytes), plans[-1]).limits.max_rows
-    plans = [_bytes(config, sizes, wanted, t, k, few) for t in tokens for k in recomputed]
+    most_rows = next((p for p in plans if p.rollout_peak_bytes <= wanted.memory_budget_bytes), plans[-1])
+    plans = [_bytes(config, sizes, wanted, t, k, most_rows.limits.max_rows) for t in tokens for k in recomputed]
     fitting = [p for p in plans if p.update_peak_bytes <= wanted.memory_budget_bytes]
     return min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
 
@@ -702,11 +678,12 @@ def _bytes(
     inner = getattr(c, "intermediate_size", None) or 4 * wide
     episode = wanted.prompt_tokens + wanted.max_new_tokens
 
-    remainder = 2 * sum(sizes) if wanted.dtype == torch.bfloat16 else 0
     # A byte each and a float32 a block of 256; the library keeps moments of small parameters in float32.
-    moments = sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
-    in_host = remainder + moments if wanted.offload_optimizer else 0
-    visiting = in_host * max(sizes) // sum(sizes)
+    state = {
+        "lower halves of the float32 masters": 2 * sum(sizes) if byte == 2 else 0,
+        "Adam moments, 8-bit": sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes),
+    }
+    offloaded = sum(state.values()) if wanted.offload_optimizer else 0
 
     padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
     counted = int(padded * wanted.top_entropy)
@@ -726,29 +703,32 @@ def _bytes(
     # for each query head while it decodes.
     copies = 1 if hasattr(sdpa_attention, "pack_gqa") else max(1, 2 * queries // keys)
     prefill = math.ceil(rows / wanted.group_size) * wanted.prompt_tokens * (kv_token + 3 * byte * inner)
-    planned = MemoryPlan(
-        weights=byte * sum(sizes),
-        remainder=0 if wanted.offload_optimizer else remainder,
-        moments=0 if wanted.offload_optimizer else moments,
-        gradients=4 * sum(sizes),
-        activations=padded * ((layers - recomputed) * kept + recomputed * byte * wide),
-        head=min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
-        layer=padded * (again + 2 * byte * wide) + max(padded * 2 * byte * inner, weight_gradient),
-        embedding=vocab * wide * (byte + 4 if byte < 4 else 4),
-        step=visiting + 16 * OPTIMIZER_SLICE,
-        kv_cache=kv_cache,
-        sampler=max(rows * vocab * (byte + 16) + copies * kv_cache // (2 * layers), prefill),
-        host_reference=byte * sum(sizes) if wanted.reference else 0,
-        host_optimizer=in_host,
+    return MemoryPlan(
+        held={"weights": byte * sum(sizes)} | (state if wanted.training and not offloaded else {}),
+        rollout={
+            f"KV cache, {rows} rows": kv_cache,
+            "sampler: logits or prefill":
+                max(rows * vocab * (byte + 16) + copies * kv_cache // (2 * layers), prefill),
+        },
+        update={
+            "gradients, float32": 4 * sum(sizes),
+            f"activations, {tokens} tokens, {recomputed} of {layers} layers again":
+                padded * ((layers - recomputed) * kept + recomputed * byte * wide),
+            "  with them: the head, a chunk of logits at a time":
+                min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
+            "  or with them: backward through a layer":
+                padded * (again + 2 * byte * wide) + max(padded * 2 * byte * inner, weight_gradient),
+            # dense, in the model's dtype and in float32
+            "or instead: the embedding's gradient": vocab * wide * (byte + 4 if byte < 4 else 4),
+            # the slice being updated; with offload, also one parameter's state on a visit
+            "or instead: the optimizer's step": offloaded * max(sizes) // sum(sizes) + 16 * OPTIMIZER_SLICE,
+        } if wanted.training else {},
+        host={"reference policy": byte * sum(sizes) if wanted.reference else 0, "optimizer": offloaded}
+        if wanted.training else {},
         limits=Limits(rows, tokens, recomputed, layers),
         parameters=sum(sizes),
         memory_budget_bytes=wanted.memory_budget_bytes,
     )
-    if wanted.training:
-        return planned
-    only_trained = ("remainder", "moments", "gradients", "activations", "head", "layer", "embedding", "step",
-                    "host_reference", "host_optimizer")
-    return replace(planned, **dict.fromkeys(only_trained, 0))
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ import operator
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import FunctionType
@@ -90,8 +90,8 @@ def _value(node: ast.expr) -> Fraction:
     raise ValueError(f"{type(node).__name__} is not plain arithmetic")
 
 
-def evaluate(expression: str) -> Fraction:
-    """Exact value of digits, `+ - * / ( )` and spaces: evaluate("8/(3-8/3)") == 24. Runs no code.
+def arithmetic_value(expression: str) -> Fraction:
+    """Exact value of digits, `+ - * / ( )` and spaces: arithmetic_value("8/(3-8/3)") == 24. Runs no code.
 
     Raises ValueError for everything else: other characters, `**`, `//`, calls, malformed text, leading zeros,
     division by zero, more than MAX_EXPRESSION_CHARS characters.
@@ -114,7 +114,7 @@ def countdown_equation(completion: str, example: dict) -> float:
     """
     answer = _between(completion, "<answer>", "</answer>")
     try:
-        value = evaluate(answer or "")
+        value = arithmetic_value(answer or "")
     except ValueError:
         return 0.0
     used = [int(digits) for digits in re.findall("[0-9]+", answer)]
@@ -196,24 +196,18 @@ class RewardError(ValueError):
     """A reward is unknown or can't be loaded, raised, or returned something that is not a finite number."""
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def _shown(value: object) -> str:
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 100  # characters; what is longer loses its middle
-    return short.repr(value)
+    """A value, or an error with its type, in one short line."""
+    text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else reprlib.repr(value)
+    return " ".join(text.split())[:300]
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def _unknown(name: str) -> str:
-    return (f"unknown reward {name!r}{_nearest(name, REWARDS)}; type one of: {', '.join(REWARDS)}; "
-            "or your own: path/to/file.py:function")
+def _find(name: str) -> Callable[[str, dict], float]:
+    if name not in REWARDS:
+        nearest = difflib.get_close_matches(name, REWARDS, n=1)
+        raise RewardError(f"unknown reward {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
+                          + f"; type one of: {', '.join(REWARDS)}; or your own: path/to/file.py:function")
+    return REWARDS[name]
 
 
 def score(completion: str, example: dict, weights: dict[str, float]) -> tuple[float, dict[str, float]]:
@@ -225,18 +219,16 @@ def score(completion: str, example: dict, weights: dict[str, float]) -> tuple[fl
     """
     parts = {}
     for name in weights:
-        if name not in REWARDS:
-            raise RewardError(_unknown(name))
+        reward = _find(name)
         try:
-            result = REWARDS[name](completion, example)
+            result = reward(completion, example)
             # SupportsFloat lets bools, numpy and torch scalars pass, and stops the string "1.0".
             parts[name] = float(result) if isinstance(result, SupportsFloat) else math.nan
         except Exception as error:
-            problem = _one_line(error)
-            raise RewardError(f"reward {name!r} raised {problem}; example: {_shown(example)}") from error
+            raise RewardError(f"reward {name!r} raised {_shown(error)}; example: {_shown(example)}") from error
         if not math.isfinite(parts[name]):
-            problem = f"{_shown(result)}, not a finite number"
-            raise RewardError(f"reward {name!r} returned {problem}; example: {_shown(example)}")
+            raise RewardError(f"reward {name!r} returned {_shown(result)}, not a finite number; example: "
+                              f"{_shown(example)}")
     return sum((weights[name] * part for name, part in parts.items()), 0.0), parts
 
 
@@ -252,18 +244,15 @@ def _load(path: str, function: str) -> str:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise RewardError(f"{path!r} fails with {_one_line(error)}; make it run: python {path}") from error
+        raise RewardError(f"{path!r} fails with {_shown(error)}; make it run: python {path}") from error
     found = vars(module)
-    if callable(found.get(function)):
-        key = f"{file.stem}.{function}"
-        REWARDS[key] = found[function]
-        return key
-    functions = [name for name, value in found.items()
-                 if isinstance(value, FunctionType) and value.__module__ == spec.name]
-    problem = "is not callable" if function in found else "does not exist"
-    problem += _nearest(function, functions)
-    choices = ", ".join(f"{path}:{name}" for name in functions) or "nothing yet, it has no functions"
-    raise RewardError(f"{function!r} in {path!r} {problem}; type one of: {choices}")
+    if not callable(found.get(function)):
+        own = [name for name, x in found.items() if isinstance(x, FunctionType) and x.__module__ == spec.name]
+        choices = ", ".join(f"{path}:{name}" for name in own) or "nothing yet, it has no functions"
+        raise RewardError(f"{function!r} is no function in {path!r}; type one of: {choices}")
+    key = f"{file.stem}.{function}"
+    REWARDS[key] = found[function]
+    return key
 
 
 def parse_rewards(specs: list[str]) -> dict[str, float]:
@@ -279,8 +268,7 @@ def parse_rewards(specs: list[str]) -> dict[str, float]:
         if reward.endswith(".py"):
             path, function = reward, weight.pop(0) if weight else ""
             reward, name = f"{path}:{function}", _load(path, function)
-        if name not in REWARDS:
-            raise RewardError(_unknown(name))
+        _find(name)
         if name in weights:
             raise RewardError(f"reward {name!r} is given twice; drop {spec!r}, or its first mention")
         try:

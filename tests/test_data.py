@@ -264,9 +264,11 @@ def test_the_embedded_policy_is_a_small_qwen2_that_a_seed_repeats():
 
 
 def test_a_saved_folder_loads_with_its_tokenizer(qwen2_folder):
-    model, tokenizer = data.load_policy(str(qwen2_folder), dtype=torch.bfloat16, device="cpu")
-    assert model.dtype == torch.bfloat16 and not model.training
-    assert tokenizer.chat_template == data.CHAT_TEMPLATE
+    config, tokenizer = data.load_config(str(qwen2_folder))
+    policy = data.load_policy(str(qwen2_folder), tokenizer, dtype=torch.bfloat16, device="cpu")
+    assert policy.model.dtype == torch.bfloat16 and not policy.model.training
+    assert tokenizer.chat_template == data.CHAT_TEMPLATE and config.vocab_size == policy.model.vocab_size
+    assert policy.stops == [tokenizer.eos_token_id] and policy.pad_token_id == tokenizer.pad_token_id
 
 
 def test_a_model_that_cant_be_had_is_refused(tmp_path, qwen2_folder):
@@ -276,11 +278,12 @@ def test_a_model_that_cant_be_had_is_refused(tmp_path, qwen2_folder):
         (tmp_path / "weightless" / name).write_bytes((qwen2_folder / name).read_bytes())
     for model, told in (
         (tmp_path / "empty", "no config.json"), (tmp_path / "weightless", "can't be loaded"),
-        (tmp_path / "gone", "no such folder"), ("nobody/nothing", "can't be loaded"),
-        ("gpt7", "no such folder"),
+        (tmp_path / "gone", "no such file or folder"), ("nobody/nothing", "can't be loaded"),
+        ("gpt7", "can't be loaded"), ("no/such/model", "no such file or folder"), ("~/m", "no such file"),
     ):
         with pytest.raises(InputError, match=told):
-            data.load_policy(str(model), dtype=torch.float32, device="cpu")
+            _, tokenizer = data.load_config(str(model))
+            data.load_policy(str(model), tokenizer, dtype=torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize("template", [

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -40,7 +40,9 @@ def test_help_lists_every_flag_in_a_group(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--{f.name}" in text for f in dataclasses.fields(g.Config))
-    assert all(f"\n{title}:" in text for title in g.GROUPS.values())
+    titles = [f.metadata["group"] for f in dataclasses.fields(g.Config) if "group" in f.metadata]
+    assert len(titles) == 7
+    assert all(f"\n{title}:" in text for title in titles)
     assert "default: 1e-05" in text  # improved's learning rate, not Config's
 
 
@@ -319,12 +321,7 @@ def test_sampling_refuses_what_it_would_get_wrong():
 
 
 def a_policy():
-    model, tokenizer = data.tiny_policy(seed=3)
-    model.eval()
-    backbone, head = memory.plain_head(model)
-    memory.allow_packing(model)
-    memory.sum_gradients_in_fp32(model.parameters())
-    return g.Policy(model, tokenizer, backbone, head, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    return g.open_policy("embedded", data.tiny_tokenizer(), dtype=torch.float32, device="cpu", seed=3)
 
 
 def some_episodes(policy, group_size=4, seed=0):
@@ -351,13 +348,23 @@ class RecordedStep:
             p.grad = None
 
 
+def limits(micro_batch_tokens=10**6, recomputed_layers=0, max_rows=12):
+    return memory.Limits(max_rows, micro_batch_tokens, recomputed_layers, layers=3)
+
+
+def a_reference(policy, config):
+    """What open_run makes: the policy's own code, run with the reference's weights."""
+    temperature = config.loss_temperature or config.temperature
+    return memory.ReferencePolicy(policy.model, partial(g.all_logprobs, policy, limits(), temperature))
+
+
 def gradients_of_update(
-    policy, config, micro_batch_tokens, reference=None, checkpointed_layers=0, episodes=None
+    policy, config, micro_batch_tokens, reference=None, recomputed_layers=0, episodes=None
 ):
     optimizer = RecordedStep(policy.model)
-    plan = SimpleNamespace(micro_batch_tokens=micro_batch_tokens, checkpointed_layers=checkpointed_layers)
-    lessons = g.make_lessons(episodes or some_episodes(policy), config)
-    metrics = g.update(policy, reference, optimizer, lessons, config, plan)
+    sequences = g.train_sequences(episodes or some_episodes(policy), config)
+    metrics = g.update(policy, reference, optimizer, sequences, config,
+                       limits(micro_batch_tokens, recomputed_layers))
     return optimizer.gradients, metrics
 
 
@@ -373,12 +380,12 @@ def update_config(**overrides):
 def test_micro_batches_of_any_size_add_up_to_the_whole_batch(overrides):
     policy = a_policy()
     config = update_config(**overrides)
-    reference = memory.ReferencePolicy(policy.model) if config.beta else None
+    reference = a_reference(policy, config) if config.beta else None
     if reference:
         for w in reference.weights.values():
             w.mul_(1.02)
     whole, whole_metrics = gradients_of_update(policy, config, 10**6, reference)
-    for tokens, layers in ((1, 0), (30, None), (64, 2)):
+    for tokens, layers in ((1, 0), (30, 3), (64, 2)):
         parts, metrics = gradients_of_update(policy, config, tokens, reference, layers)
         for a, b in zip(whole[-1], parts[-1]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
@@ -420,12 +427,11 @@ SYSTEMS = {
 def test_each_recipes_gradients_are_its_systems(recipe):
     """From rewards to clipped gradients, against autograd in float64 through the model's own logits."""
     ddof, eps, skip, sampling_t, loss_t, updates, clip, beta, average, share, max_norm = SYSTEMS[recipe]
-    policy = a_policy()
-    reference = memory.ReferencePolicy(policy.model) if beta else None
+    policy, config = a_policy(), g.make_config(recipe, max_new_tokens=11)
+    reference = a_reference(policy, config) if beta else None
     with torch.no_grad():
         for p in policy.model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    config = g.make_config(recipe, max_new_tokens=11)
     assert (config.temperature, config.skip_truncated) == (sampling_t, skip)
     prompts = [[40, 41, 42], [50] * 9, [60, 61]]
     completions = g.sample(policy.model, prompts, group_size=4, max_new_tokens=11, pad_token_id=0,
@@ -490,8 +496,8 @@ def test_each_recipes_gradients_are_its_systems(recipe):
     for e, advantage in zip(episodes, found.tolist()):
         e.advantage = advantage
     expected, optimizer = [], NudgingStep(policy.model)
-    plan = SimpleNamespace(micro_batch_tokens=40, checkpointed_layers=0)
-    metrics = g.update(policy, reference, optimizer, g.make_lessons(episodes, config), config, plan)
+    sequences = g.train_sequences(episodes, config)
+    metrics = g.update(policy, reference, optimizer, sequences, config, limits(40))
     assert len(optimizer.gradients) == updates
     for ours, theirs in zip(optimizer.gradients, expected):
         for a, b in zip(ours, theirs):
@@ -501,12 +507,12 @@ def test_each_recipes_gradients_are_its_systems(recipe):
         assert clipped[0] == 0 < clipped[-1] and metrics["clip_fraction"] == pytest.approx(np.mean(clipped))
 
 
-@pytest.mark.parametrize("updates, beta, passes", [(1, 0.0, 1), (1, 0.1, 2), (3, 0.0, 4), (3, 0.1, 5)])
-def test_with_one_update_and_no_reference_nothing_extra_is_computed(updates, beta, passes, monkeypatch):
-    policy, calls, real = a_policy(), [], g.lesson_logprobs
-    monkeypatch.setattr(g, "lesson_logprobs", lambda *args: calls.append(1) or real(*args))
+@pytest.mark.parametrize("updates, beta, passes", [(1, 0.0, 1), (1, 0.1, 2), (3, 0.0, 3), (3, 0.1, 4)])
+def test_each_update_is_one_pass_and_a_reference_one_more(updates, beta, passes, monkeypatch):
+    policy, calls, real = a_policy(), [], g.sequence_logprobs
+    monkeypatch.setattr(g, "sequence_logprobs", lambda *args: calls.append(1) or real(*args))
     config = update_config(updates_per_batch=updates, beta=beta)
-    reference = memory.ReferencePolicy(policy.model) if beta else None
+    reference = a_reference(policy, config) if beta else None
     gradients_of_update(policy, config, 10**6, reference)
     assert len(calls) == passes
 
@@ -514,9 +520,9 @@ def test_with_one_update_and_no_reference_nothing_extra_is_computed(updates, bet
 def test_only_completion_tokens_of_high_entropy_count():
     policy = a_policy()
     episodes = some_episodes(policy)
-    lessons = g.make_lessons(episodes, update_config(top_entropy=0.3))
+    sequences = g.train_sequences(episodes, update_config(top_entropy=0.3))
     entropies = np.concatenate([e.completion.entropies for e in episodes])
-    kept = {(id(lesson.completion), t) for lesson in lessons for t in lesson.counted.tolist()}
+    kept = {(id(sequence.completion), t) for sequence in sequences for t in sequence.counted.tolist()}
     threshold = np.quantile(entropies, 0.7, method="higher")
     expected = {(id(e.completion.ids), t) for e in episodes for t, h in enumerate(e.completion.entropies)
                 if np.float32(h) >= np.float32(threshold) and e.advantage != 0}
@@ -528,10 +534,11 @@ def test_groups_without_spread_are_dropped_but_keep_their_place_in_the_denominat
     episodes = some_episodes(policy)
     for e in episodes[:4]:
         e.advantage = 0.0
-    lessons = g.make_lessons(episodes, update_config())
-    assert len(lessons) == 8
-    assert lessons[0].weight == pytest.approx(1 / sum(len(e.completion.ids) for e in episodes))
-    assert len(g.make_lessons(episodes, update_config(beta=0.1))) == 12  # a KL term acts on them too
+    sequences = g.train_sequences(episodes, update_config())
+    assert len(sequences) == 8
+    total = sum(len(e.completion.ids) for e in episodes)
+    assert sequences[0].weights.tolist() == pytest.approx([1 / total] * len(sequences[0].counted))
+    assert len(g.train_sequences(episodes, update_config(beta=0.1))) == 12  # a KL term acts on them too
 
 
 def test_running_out_of_memory_changes_nothing_but_the_micro_batch(monkeypatch, capsys):
@@ -554,17 +561,16 @@ def test_running_out_of_memory_changes_nothing_but_the_micro_batch(monkeypatch, 
     assert capsys.readouterr().err.count("out of memory") == 3
 
 
-def test_running_out_of_memory_at_the_smallest_setting_gives_up_with_the_plan(monkeypatch):
+def test_running_out_of_memory_at_the_least_gives_up_with_what_may_help(monkeypatch):
     policy = a_policy()
     monkeypatch.setattr(
         memory, "token_logprobs", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError())
     )
-    plan = SimpleNamespace(micro_batch_tokens=64, checkpointed_layers=0, layers=3, table=lambda: "THE PLAN")
-    config = update_config()
-    lessons = g.make_lessons(some_episodes(policy), config)
-    with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
-        g.update(policy, None, RecordedStep(policy.model), lessons, config, plan)
-    assert (plan.micro_batch_tokens, plan.checkpointed_layers) == (max(map(len, lessons)), 3)  # all was tried
+    config, least = update_config(), limits(64)
+    sequences = g.train_sequences(some_episodes(policy), config)
+    with pytest.raises(memory.DoesNotFit, match="out of memory in the update.*--offload-optimizer"):
+        g.update(policy, None, RecordedStep(policy.model), sequences, config, least)
+    assert (least.micro_batch_tokens, least.recomputed_layers) == (max(map(len, sequences)), 3)  # all was tried
 
 
 def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsys):
@@ -578,16 +584,17 @@ def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsy
         return real(*args)
 
     monkeypatch.setattr(g, "prefill", sometimes_full)
-    plan = SimpleNamespace(max_rows=12, table=lambda: "THE PLAN")
+    limited = limits(max_rows=12)
     prompts = [{"prompt_ids": [40, 41, 42]}, {"prompt_ids": [50] * 9}, {"prompt_ids": [60, 61]}]
-    roll = lambda: g.rollout(policy, prompts, {"weights": {"countdown_format": 1.0}}, plan, group_size=4,
-                             max_new_tokens=5, temperature=0.0, progress=g.tqdm(disable=True))
+    sampler = partial(g.sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
+    roll = lambda: g.rollout(sampler, g.scorer({"countdown_format": 1.0}, limited), policy.tokenizer, prompts,
+                             limited, group_size=4, max_new_tokens=5, temperature=0.0)
     episodes = roll()
-    assert plan.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2
-    plan.max_rows = 12
+    assert limited.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2
+    limited.max_rows = 12
     assert [e.completion.ids for e in episodes] == [e.completion.ids for e in roll()]
     monkeypatch.setattr(g, "prefill", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(memory.DoesNotFit, match="THE PLAN"):
+    with pytest.raises(memory.DoesNotFit, match="out of memory in the rollout"):
         roll()
 
 
@@ -603,10 +610,11 @@ def test_gradients_repeat_bit_for_bit_however_threads_meet():
     """A prompt's last position gets a gradient from each of its answers, of which two threads hold some."""
     policy, gradients = a_policy(), []
     answers = [[50 + (j + i) % 37 for j in range(30)] for i in range(64)]
-    lessons = [g.Lesson([40 + i // 48, 41], x, torch.arange(30), 1.0, 1.0) for i, x in enumerate(answers)]
+    sequences = [g.TrainSequence([40 + i // 48, 41], x, torch.arange(30), torch.ones(30), torch.ones(30))
+                 for i, x in enumerate(answers)]
     for _ in range(8):
         policy.model.zero_grad(set_to_none=True)
-        g.lesson_logprobs(policy, lessons, 1.0)[0].sum().backward()
+        g.sequence_logprobs(policy, sequences, 1.0)[0].sum().backward()
         gradients.append([p.grad for p in policy.model.parameters()])
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
@@ -615,11 +623,11 @@ def test_gradients_repeat_bit_for_bit_however_threads_meet():
 def test_sampler_and_update_agree_on_logprobs(beta):
     policy = a_policy()
     episodes = some_episodes(policy)
-    lessons = g.make_lessons(episodes, update_config())
+    sequences = g.train_sequences(episodes, update_config())
     with torch.no_grad():
-        logprobs, entropies = g.lesson_logprobs(policy, lessons, 1.0)
+        logprobs, entropies = g.sequence_logprobs(policy, sequences, 1.0)
     by_id = {id(e.completion.ids): e.completion for e in episodes}
-    expected = [by_id[id(lesson.completion)] for lesson in lessons]
+    expected = [by_id[id(sequence.completion)] for sequence in sequences]
     torch.testing.assert_close(
         logprobs, torch.tensor([x for c in expected for x in c.logprobs]), rtol=0, atol=1e-4
     )

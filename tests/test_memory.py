@@ -3,7 +3,6 @@
 import copy
 import io
 import struct
-import sys
 from itertools import pairwise
 
 import bitsandbytes
@@ -152,7 +151,7 @@ def test_without_grad_nothing_is_kept_and_a_frozen_head_gets_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adding_straight_into_the_heads_gradient_gives_what_autograd_gives(dtype):
     model = tiny(dtype=dtype)
-    backbone, head = memory.plain_head(model)
+    backbone, head = memory.prepare_model(model)
     memory.sum_gradients_in_fp32(model.parameters())
     gradients = []
     for into_weight_grad in (False, True):
@@ -195,7 +194,7 @@ def test_wrong_shapes_are_refused():
 @pytest.mark.parametrize("name", PLAIN)
 def test_backbone_and_head_give_the_models_own_logprobs(name, dtype):
     model = tiny(name, dtype)
-    backbone, head = memory.plain_head(model)
+    backbone, head = memory.prepare_model(model)
     ids = torch.randint(97, (3, 12))
     hidden = backbone(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     logprobs, _ = memory.token_logprobs(hidden, head, ids[:, 1:].flatten())
@@ -222,13 +221,13 @@ def test_right_padding_needs_no_attention_mask():
 )
 def test_heads_with_more_than_a_matrix_product_are_refused(model, config, cause):
     with pytest.raises(ValueError, match=cause) as refusal:
-        memory.plain_head(model(config).eval())
+        memory.prepare_model(model(config).eval())
     assert "\n" not in str(refusal.value)
 
 
 def test_gemma_2_without_its_soft_cap_is_honoured():
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=None)).eval()
-    backbone, head = memory.plain_head(model)
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=None, attn_logit_softcapping=None)).eval()
+    backbone, head = memory.prepare_model(model)
     ids = torch.randint(97, (2, 9))
     torch.testing.assert_close(backbone(ids).last_hidden_state @ head.T, model(ids).logits)
 
@@ -237,17 +236,17 @@ def test_unknown_tricks_between_hidden_states_and_logits_are_found():
     model = tiny()
     model.lm_head.register_forward_hook(lambda module, args, logits: 30 * torch.tanh(logits / 30))
     with pytest.raises(ValueError, match="cause unknown"):
-        memory.plain_head(model)
+        memory.prepare_model(model)
     model = tiny("llama-untied")
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(97))
     with pytest.raises(ValueError, match="bias"):
-        memory.plain_head(model)
+        memory.prepare_model(model)
     with pytest.raises(ValueError, match="backbone"):
-        memory.plain_head(model.model)
+        memory.prepare_model(model.model)
     shape = {"vocab_size": 97, "hidden_size": 32, "word_embed_proj_dim": 32, "num_attention_heads": 4}
     opt = OPTForCausalLM(OPTConfig(**shape))
     with pytest.raises(ValueError, match="cause unknown"):
-        memory.plain_head(opt.eval())  # it calls its decoder past the backbone
+        memory.prepare_model(opt.eval())  # it calls its decoder past the backbone
 
 
 # --- gradients -------------------------------------------------------------------------------------------
@@ -445,7 +444,7 @@ def test_a_parameter_that_is_a_transposed_view_is_trained_as_well():
 
 def gradients_of(model, ids, count):
     model.zero_grad(set_to_none=True)
-    with memory.checkpoint_layers(model, count):
+    with memory.recompute_layers(model, count):
         hidden = model.model(ids, use_cache=False).last_hidden_state
     hidden.square().sum().backward()  # outside: what was decided in the forward pass holds
     return [p.grad for p in model.parameters() if p.grad is not None], hidden.detach()
@@ -465,7 +464,7 @@ def test_checkpointing_changes_neither_values_nor_gradients_and_dropout_stays_of
 def test_each_checkpointed_layer_keeps_only_its_input():
     model, ids, kept = tiny(), torch.randint(97, (8, 64)), []
     for count in (0, 1, 2, 3):
-        with memory.checkpoint_layers(model, count), LiveBytes(*model.parameters()) as live:
+        with memory.recompute_layers(model, count), LiveBytes(*model.parameters()) as live:
             before = live.now
             hidden = model.model(ids, use_cache=False).last_hidden_state
             kept.append(live.now - before)
@@ -480,14 +479,14 @@ def test_sampling_with_a_cache_works_between_updates():
     model, ids = tiny(), torch.randint(3, 97, (1, 5))
     before = model.generate(ids, max_new_tokens=8, do_sample=False)
     gradients_of(model, ids, None)
-    with pytest.raises(KeyError), memory.checkpoint_layers(model, None):
+    with pytest.raises(KeyError), memory.recompute_layers(model, None):
         raise KeyError
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), before)
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)
 
 
 def test_more_layers_than_there_are_cannot_be_checkpointed():
-    with pytest.raises(ValueError, match="4 layers"), memory.checkpoint_layers(tiny(), 4):
+    with pytest.raises(ValueError, match="4 layers"), memory.recompute_layers(tiny(), 4):
         pass
 
 
@@ -538,8 +537,8 @@ def test_packed_rows_have_the_hidden_states_and_gradients_that_they_have_alone(n
     alone = [model.model(torch.tensor([p + c]), use_cache=False).last_hidden_state[0]
              for p, c in zip(PROMPTS, COMPLETIONS)]
     expected = hidden_and_gradients(model, alone)
-    memory.allow_packing(model)
-    with memory.checkpoint_layers(model, checkpointed):
+    memory.prepare_model(model)
+    with memory.recompute_layers(model, checkpointed):
         hidden, places = memory.packed_hidden_states(model.model, PROMPTS, COMPLETIONS)
         rows = [hidden[place[: len(row)]] for place, row in zip(places, alone)]
     for got, exact in zip(hidden_and_gradients(model, rows), expected):
@@ -548,7 +547,7 @@ def test_packed_rows_have_the_hidden_states_and_gradients_that_they_have_alone(n
 
 def test_each_prompt_and_no_padding_goes_through_the_layers():
     model, seen = tiny(), []
-    memory.allow_packing(model)
+    memory.prepare_model(model)
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
     memory.packed_hidden_states(model.model, PROMPTS, COMPLETIONS)
     tokens = len([5, 6, 7] + [8] + [5, 6]) + sum(map(len, COMPLETIONS))
@@ -556,14 +555,14 @@ def test_each_prompt_and_no_padding_goes_through_the_layers():
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_ordinary_input_comes_out_as_before_packing_was_allowed(name, tmp_path):
+def test_ordinary_input_comes_out_as_before_the_model_was_prepared(name, tmp_path):
     model, ids = tiny(name), torch.randint(3, 97, (2, 7))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # padded on the left
     run = lambda: (model(ids).logits, model(ids, attention_mask=mask).logits,
                    model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False))
     before = run()
-    memory.allow_packing(model)
+    memory.prepare_model(model)
     assert all(same(a, b) for a, b in zip(before, run(), strict=True))
     model.save_pretrained(tmp_path)
     assert "packed" not in (tmp_path / "config.json").read_text()
@@ -572,7 +571,7 @@ def test_ordinary_input_comes_out_as_before_packing_was_allowed(name, tmp_path):
 def test_attention_out_of_reach_is_refused():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)).eval()
     with pytest.raises(ValueError, match="BloomForCausalLM.*attention") as refusal:
-        memory.allow_packing(bloom)
+        memory.prepare_model(bloom)
     assert "\n" not in str(refusal.value)
 
 
@@ -663,8 +662,7 @@ def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeyp
     monkeypatch.setattr(memory, "OPTIMIZER_SLICE", 2**14)
     shape = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
     model = tiny(name, dtype, num_hidden_layers=4, **shape)
-    backbone, head = memory.plain_head(model)
-    memory.allow_packing(model)
+    backbone, head = memory.prepare_model(model)
     params = list(model.parameters())
     memory.sum_gradients_in_fp32(params)
     for p in params:
@@ -672,11 +670,11 @@ def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeyp
     for rows, checkpointed in [(4, 0), (8, 0), (8, 2), (8, 4)]:
         expected = plan(
             model.config, prompt_tokens=28, max_new_tokens=100, dtype=dtype, top_entropy=1.0,
-            offload_optimizer=True, micro_batch_tokens=rows * 128, checkpointed_layers=checkpointed,
+            offload_optimizer=True, micro_batch_tokens=rows * 128, recomputed_layers=checkpointed,
         )
         ids = torch.randint(1000, (rows, 128))
         tensors = [*params, *(p.grad for p in params)]
-        with memory.checkpoint_layers(model, checkpointed), LiveBytes(*tensors) as live:
+        with memory.recompute_layers(model, checkpointed), LiveBytes(*tensors) as live:
             hidden, _ = memory.packed_hidden_states(backbone, ids[:, :28].tolist(), ids[:, 28:].tolist())
             memory.token_logprobs(hidden, head, ids.flatten(), into_weight_grad=True)[0].sum().backward()
             del hidden
@@ -702,8 +700,8 @@ def test_qwen_half_b_fits_eight_gigabytes_and_six_with_offload_and_1_5b_eleven()
 def test_more_memory_is_used_for_less_work():
     made = [plan(HALF_B, int(gb * 1e9)) for gb in (6.5, 8, 10, 12, 24)]
     assert all(p.fits for p in made)
-    rows = [p.max_rows for p in made]
-    work = [(3 + p.checkpointed_layers / 24) * (1 + 400 / p.micro_batch_tokens) for p in made]
+    rows = [p.limits.max_rows for p in made]
+    work = [(3 + x.recomputed_layers / 24) * (1 + 400 / x.micro_batch_tokens) for x in (p.limits for p in made)]
     assert rows == sorted(rows)
     assert rows[-1] == 256
     assert work == sorted(work, reverse=True)
@@ -711,8 +709,8 @@ def test_more_memory_is_used_for_less_work():
 
 
 def test_choices_that_are_given_are_kept():
-    made = plan(HALF_B, micro_batch_tokens=2000, checkpointed_layers=5, max_rows=7)
-    assert (made.micro_batch_tokens, made.checkpointed_layers, made.max_rows) == (2000, 5, 7)
+    made = plan(HALF_B, micro_batch_tokens=2000, recomputed_layers=5, max_rows=7).limits
+    assert (made.micro_batch_tokens, made.recomputed_layers, made.max_rows) == (2000, 5, 7)
 
 
 @pytest.mark.parametrize(
@@ -721,7 +719,7 @@ def test_choices_that_are_given_are_kept():
         (HALF_B, 5.5, {}, "--offload-optimizer"),
         (ONE_AND_A_HALF_B, 10.8, {"offload_optimizer": True, "max_new_tokens": 16000}, "--max-new-tokens"),
         (HALF_B, 2.0, {}, "smaller --model"),
-        (HALF_B, 6.5, {"max_rows": 256, "checkpointed_layers": 0}, "rows, micro-batch and checkpointing"),
+        (HALF_B, 6.5, {"max_rows": 256, "recomputed_layers": 0}, "rows, micro-batch and recomputed layers"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_flag_that_helps(config, budget, changes, helps):
@@ -732,8 +730,8 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(config, budget, c
 
 def test_a_tiny_float32_model_on_a_laptop_gets_one_pass_without_checkpointing():
     made = plan(tiny().config, 4 * 10**9, prompt_tokens=30, max_new_tokens=40, dtype=torch.float32)
-    assert (made.checkpointed_layers, made.max_rows, made.remainder) == (0, 256, 0)
-    assert made.micro_batch_tokens == 256 * 70
+    assert (made.limits.recomputed_layers, made.limits.max_rows, made.remainder) == (0, 256, 0)
+    assert made.limits.micro_batch_tokens == 256 * 70
     assert made.update_peak_bytes < 10**9
 
 
@@ -741,34 +739,6 @@ def test_the_budget_of_a_cpu_is_below_its_memory():
     with open("/proc/meminfo") as lines:
         total = 1024 * int(next(lines).split()[1])
     assert 0.01 * total < memory.detect_budget_bytes("cpu") < total
-
-
-def command_line(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["memory.py", *map(str, arguments)])
-    code = memory.main()
-    return (code, *capsys.readouterr())
-
-
-def test_the_command_line_prints_the_table(monkeypatch, capsys, tmp_path):
-    HALF_B.save_pretrained(tmp_path)
-    arguments = ("--model", tmp_path, "--budget-gib", 12, "--offload-optimizer")
-    code, out, err = command_line(monkeypatch, capsys, *arguments)
-    assert (code, err) == (0, "")
-    assert out.strip() == plan(HALF_B, 12 * 2**30, offload_optimizer=True).table()
-    assert "weights" in out
-    assert "peak" in out
-
-
-def test_the_command_line_refuses_in_one_line(monkeypatch, capsys, tmp_path):
-    HALF_B.save_pretrained(tmp_path)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
-    missing, broken, name = tmp_path / "nothing", tmp_path / "broken", "no/such model"
-    for model, budget in ((missing, 12), (broken, 12), (name, 12), (tmp_path, 1)):
-        code, out, err = command_line(monkeypatch, capsys, "--model", model, "--budget-gib", budget)
-        assert (code, out) == (2, "")
-        assert err.count("\n") == 1
-        assert str(model) in err
 
 
 # --- with a GPU ------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import sys
 import termios
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ import grpo_scratch as g
 SCRIPT = Path(g.__file__)
 METRICS = {
     "step", "reward", "accuracy", "completion_length", "truncated_fraction", "groups_without_spread",
-    "entropy", "loss", "kl", "clip_fraction", "grad_norm", "padding_share", "bad_updates", "updates",
+    "entropy", "loss", "kl", "clip_fraction", "grad_norm", "bad_updates", "updates",
     "learning_rate", "skipped", "sampling_tokens_per_second", "update_tokens_per_second", "seconds",
     "peak_memory_bytes",
 }
@@ -210,7 +209,7 @@ BAD = {
     "no number": (["--steps", "many"], "invalid int value: 'many'"),
     "group of one": (["--group-size", "1"], "--group-size 1: must be at least 2"),
     "missing file": (["--task", "gone.jsonl"], "gone.jsonl: no such file"),
-    "missing model": (["--model", "./gone"], "./gone: no such folder"),
+    "missing model": (["--model", "./gone"], "./gone: no such file or folder"),
     "hub without network": (["--model", "nobody/nothing"], "the id and the network for the hub"),
     "prompt over the context": (["--max-new-tokens", "5000"], "exceed the model's context of 1024"),
     "too little memory": (["--memory-budget-gib", "0.0001"], "try"),
@@ -340,20 +339,20 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
         g.train(dataclasses.replace(config, dtype="bfloat16"))
     rows = Path(own_task["task"]).read_text().splitlines()
     Path(own_task["task"]).write_text("\n".join(rows[:6]))
-    with pytest.raises(g.InputError, match="only 2 examples now"):
+    with pytest.raises(g.InputError, match="has 2 examples now, not 8"):
         g.train(config)
     Path(own_task["task"]).write_text("\n".join(rows))
     assert g.train(config)["steps"] == 2 and (tmp_path / "run" / "final").exists()
     latest = g.parse_command_line(["--resume", "latest", "--output_dir", str(tmp_path), "--reward",
                                    *own_task["reward"], "--memory-budget-gib", "3", "--steps", "3"])
     assert Path(latest.resume).name == "checkpoint-2"
-    state_of = tmp_path / "run" / "checkpoint-2" / g.STATE
+    state_of = tmp_path / "run" / "checkpoint-2" / data.STATE
     state = torch.load(state_of, weights_only=True)
-    torch.save({**state, "plan": state["plan"] | {"max_rows": 1}}, state_of)  # as after running out of memory
-    assert g.open_run(latest).plan.max_rows > 1  # for another budget it is planned anew
+    torch.save({**state, "limits": state["limits"] | {"max_rows": 1}}, state_of)  # as after running out of memory
+    assert g.open_run(latest).limits.max_rows > 1  # for another budget it is planned anew
     latest = dataclasses.replace(latest, memory_budget_gib=None)
-    assert g.open_run(latest).plan.max_rows == 1
-    assert g.open_run(dataclasses.replace(latest, offload_optimizer=True)).plan.max_rows > 1
+    assert g.open_run(latest).limits.max_rows == 1
+    assert g.open_run(dataclasses.replace(latest, offload_optimizer=True)).limits.max_rows > 1
 
 
 def test_a_reader_that_has_gone_ends_no_run(tmp_path):
@@ -366,7 +365,7 @@ def test_a_reader_that_has_gone_ends_no_run(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_by"] == signal.SIGINT
-    assert g.checkpoints(tmp_path / "run")
+    assert data.checkpoints(tmp_path / "run")
 
 
 def test_the_reference_follows_its_schedule(tmp_path, own_task):
@@ -384,14 +383,14 @@ def test_the_reference_follows_its_schedule(tmp_path, own_task):
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
-    real = g.save_checkpoint
+    real = data.save_checkpoint
 
     def save(policy, state, folder, keep):
         if state["step"] == 3:  # as if a kill had come while an old one was being removed
             (folder / ".checkpoint.old" / "half").mkdir(parents=True)
         real(policy, state, folder, keep)
 
-    monkeypatch.setattr(g, "save_checkpoint", save)
+    monkeypatch.setattr(data, "save_checkpoint", save)
     g.train(quick(tmp_path, steps=4, save_every=1, keep_checkpoints=2))
     assert {p.name for p in (tmp_path / "run").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4"}
 
@@ -401,7 +400,7 @@ def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
     with (tmp_path / "run" / "samples.jsonl").open("a") as file:
         file.write('{"step": 4, "completion": "half a li')  # as a kill leaves it
     g.train(g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2"), "--steps", "3"]))
-    assert [c.name[-1] for c in g.checkpoints(tmp_path / "run")] == ["1", "2", "3"]
+    assert [c.name[-1] for c in data.checkpoints(tmp_path / "run")] == ["1", "2", "3"]
     assert len(list((tmp_path / "run").glob("left-checkpoint-*"))) == 2
     assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert {m["step"] for m in lines(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
@@ -413,13 +412,12 @@ def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_ta
         "    return 1 / (40 - len(calls))\n")
     with pytest.raises(g.rewards.RewardError, match="ZeroDivisionError"):
         g.train(quick(tmp_path, steps=9, task=own_task["task"], reward=[f"{tmp_path}/my_rewards.py:late"]))
-    assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-2"]  # 4 + 12 + 12, and 11 of 12
-    order = g.load_state(tmp_path / "run" / "checkpoint-2")["order"]
-    assert len(order) == 16 - 6  # of two passes over 8 examples two steps took 3 each; the third's are there
+    assert [c.name for c in data.checkpoints(tmp_path / "run")] == ["checkpoint-2"]  # 4 + 12 + 12, and 11 of 12
+    assert data.load_state(tmp_path / "run" / "checkpoint-2")["drawn"] == 6  # the third step's are to come
 
 
 def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_path):
-    policy, calls = g.open_policy("embedded", quick(tmp_path), "cpu", torch.float32), []
+    calls = []
 
     class Judge:
         def scores(self, answers, batch_size):
@@ -428,12 +426,13 @@ def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_pat
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return [float(len(text)) for _, text in answers]
 
-    scoring = {"weights": {}, "reward_model": Judge(), "reward_model_weight": 2.0}
-    plan = SimpleNamespace(max_rows=8)
-    episodes = g.rollout(policy, [{"prompt": "a", "prompt_ids": [40, 41]}], scoring, plan, group_size=3,
-                         max_new_tokens=4)
-    assert calls == [16, 8, 4] and plan.max_rows == 8
-    assert [e.reward for e in episodes] == [2 * len(e.text) for e in episodes]
+    limits = g.memory.Limits(max_rows=8, micro_batch_tokens=100, recomputed_layers=0, layers=3)
+    score = g.scorer({"reasoning_tags": 1.0}, limits, Judge(), reward_model_weight=2.0)
+    texts = ["a", "<answer>", "abc"]
+    scores = score([{"prompt": "a"}] * 3, texts)
+    assert calls == [16, 8, 4] and (limits.max_rows, limits.reward_rows) == (8, 4)
+    assert scores == [(tags + 2 * len(text), {"reasoning_tags": tags, "reward_model": len(text)})
+                      for text, tags in zip(texts, (0, 0.2, 0))]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -447,7 +446,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, c
     assert process.returncode == code, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stopped_by"] == number and summary["steps"] >= 2
-    assert g.find_checkpoint("latest", str(tmp_path)).name == f"checkpoint-{summary['steps']}"
+    assert data.find_checkpoint("latest", str(tmp_path)).name == f"checkpoint-{summary['steps']}"
     assert "--resume" in out
     again = g.train(g.parse_command_line(
         ["--resume", "latest", "--output-dir", str(tmp_path), "--steps", str(summary["steps"] + 1)]))
@@ -464,8 +463,8 @@ def test_a_second_signal_stops_at_once_and_leaves_what_was_whole(tmp_path):
             break
     process.communicate(timeout=60)
     assert process.returncode in (130, 143)  # 130 when the step ended between the two
-    whole = g.checkpoints(tmp_path / "run")
-    assert whole and all(g.load_state(c)["step"] == int(g.step_of(c)) for c in whole)
+    whole = data.checkpoints(tmp_path / "run")
+    assert whole and all(data.load_state(c)["step"] == int(data.step_of(c)) for c in whole)
 
 
 def test_on_a_terminal_there_are_bars_and_no_plain_lines(tmp_path):
@@ -499,7 +498,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert "checkpoint-1 could not be saved" in done.stderr and "step 2/2" in done.stdout
     assert done.returncode == 2 and "final can't be written" in done.stderr.splitlines()[-1]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
-    assert g.checkpoints(tmp_path / "run") == []
+    assert data.checkpoints(tmp_path / "run") == []
 
 
 def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_path):
@@ -509,24 +508,24 @@ def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_
     limited = ["sh", "-c", 'ulimit -f 2048 && exec "$@"', "sh", *map(str, command)]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert "checkpoint-2 could not be saved" in done.stderr and "step 3/3" in done.stdout
-    assert [c.name for c in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert [c.name for c in data.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
     after = weights_of(tmp_path / "run" / "checkpoint-1")
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_columns_that_are_not_json_are_written_as_text(tmp_path):
-    g.append_lines(tmp_path / "samples.jsonl", [{"day": datetime.date(2026, 11, 21)}])  # from a parquet file
+    data.append_lines(tmp_path / "samples.jsonl", [{"day": datetime.date(2026, 11, 21)}])  # from a parquet file
     assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"day": "2026-11-21"}
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    g.append_lines(path, [{"step": 1}])
+    data.append_lines(path, [{"step": 1}])
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 5, limit[1]))
-        g.append_lines(path, [{"step": 2, "much": "x" * 100}])
+        data.append_lines(path, [{"step": 2, "much": "x" * 100}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
@@ -537,7 +536,7 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, capsy
 def test_metrics_can_be_read_at_any_moment(tmp_path):
     """Another process reads while lines are added: what ends in a newline is whole, nothing is missing."""
     path = tmp_path / "metrics.jsonl"
-    g.append_lines(path, [{"step": 0}])
+    data.append_lines(path, [{"step": 0}])
     reader = subprocess.Popen([sys.executable, "-c", (
         "import json, sys, pathlib\n"
         "seen = set()\n"
@@ -549,7 +548,7 @@ def test_metrics_can_be_read_at_any_moment(tmp_path):
         "print(len(seen))\n"
     ), str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for step in range(1, 401):
-        g.append_lines(path, [{"step": step, "much": "x" * (step * 97 % 3000)}])
+        data.append_lines(path, [{"step": step, "much": "x" * (step * 97 % 3000)}])
         time.sleep(0.002)
     out, err = reader.communicate(timeout=60)
     assert reader.returncode == 0, err
@@ -584,9 +583,9 @@ def test_numbers_that_go_wrong_stop_the_run_with_its_last_good_state(tmp_path, c
     assert summary["stopped_by"] == "bad steps"
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert [m["bad_updates"] for m in metrics[-3:]] == [1, 1, 1] and len(metrics) < 30
-    newest = g.checkpoints(tmp_path / "run")[-1]
+    newest = data.checkpoints(tmp_path / "run")[-1]
     assert all(x.isfinite().all() for x in weights_of(newest).values())
-    optimizer = g.load_state(newest)["optimizer"]["state"].values()
+    optimizer = data.load_state(newest)["optimizer"]["state"].values()
     assert all(x.isfinite().all() for state in optimizer for x in state.values()
                if torch.is_tensor(x) and x.is_floating_point())
     assert "not finite" in capsys.readouterr().err
@@ -595,13 +594,13 @@ def test_numbers_that_go_wrong_stop_the_run_with_its_last_good_state(tmp_path, c
 def test_trouble_is_told_once(capsys):
     warned, stuck = set(), {"groups_without_spread": 1.0, "truncated_fraction": 1.0, "entropy": 0.0}
     for n in range(1, 60):
-        g.warn_of_trouble([stuck] * n, warned)
+        data.warn_of_trouble([stuck] * n, warned)
     told = capsys.readouterr().err
     assert (
         told.count("length limit") == 1 and told.count("entropy is nearly zero") == 1
         and "no spread" not in told
     )
-    g.warn_of_trouble([stuck | {"truncated_fraction": 0.1}] * 20, warned)
+    data.warn_of_trouble([stuck | {"truncated_fraction": 0.1}] * 20, warned)
     assert capsys.readouterr().err.count("no spread") == 1
 
 
