@@ -685,9 +685,9 @@ def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeyp
     parts = ("remainder", "state1", "state2", "absmax1", "absmax2")
     held = sum(x.nbytes for state in optimizer.state.values() for k, x in state.items() if k in parts)
     expected = plan(model.config, dtype=dtype)
-    assert expected.remainder + expected.moments == held
-    assert expected.weights == sum(p.nbytes for p in params)
-    assert expected.gradients == sum(p.grad.nbytes for p in params)
+    assert sum(expected.held.values()) == held + sum(p.nbytes for p in params)
+    assert expected.held["weights"] == sum(p.nbytes for p in params)
+    assert expected.update["gradients, float32"] == sum(p.grad.nbytes for p in params)
 
 
 def test_qwen_half_b_fits_eight_gigabytes_and_six_with_offload_and_1_5b_eleven():
@@ -730,7 +730,8 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(config, budget, c
 
 def test_a_tiny_float32_model_on_a_laptop_gets_one_pass_without_checkpointing():
     made = plan(tiny().config, 4 * 10**9, prompt_tokens=30, max_new_tokens=40, dtype=torch.float32)
-    assert (made.limits.recomputed_layers, made.limits.max_rows, made.remainder) == (0, 256, 0)
+    assert (made.limits.recomputed_layers, made.limits.max_rows) == (0, 256)
+    assert made.held["lower halves of the float32 masters"] == 0
     assert made.limits.micro_batch_tokens == 256 * 70
     assert made.update_peak_bytes < 10**9
 

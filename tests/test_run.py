@@ -658,3 +658,28 @@ def test_the_recipes_are_listed_with_the_designs_settings(monkeypatch, capsys):
             c.prompts_per_step, c.group_size, c.max_new_tokens, c.temperature, c.loss_temperature,
             c.advantage_std, c.advantage_eps, c.skip_truncated, c.updates_per_batch, c.clip_low, c.clip_high,
             c.beta, c.reference_every, c.aggregation, c.top_entropy, c.learning_rate, c.max_grad_norm), name
+
+
+@pytest.mark.parametrize("budget, code, told", [("12", 0, "budget"), ("1", 2, "error: at the least the update takes")])
+def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_read(
+    tmp_path, budget, code, told, monkeypatch, capsys
+):
+    """A folder with Qwen2.5-0.5B's config and a tokenizer, and no weights at all."""
+    transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768,
+    ).save_pretrained(tmp_path / "half-b")
+    data.tiny_tokenizer().save_pretrained(tmp_path / "half-b")
+    monkeypatch.setattr(sys, "argv", [
+        "grpo_scratch.py", "--recipe", "improved", "--plan-only", "--device", "cuda", "--memory-budget-gib",
+        budget, "--model", str(tmp_path / "half-b"), "--output-dir", str(tmp_path / "runs")])
+    if code:
+        with pytest.raises(SystemExit) as stop:
+            g.main()
+        assert stop.value.code == code
+    else:
+        g.main()
+    out, err = capsys.readouterr()
+    assert told in out + err and not (tmp_path / "runs").exists()
+    if not code:
+        assert "494.0 M parameters" in out and "bfloat16" in out and "KV cache" in out
