@@ -501,6 +501,8 @@ def load_policy(
             transformers.AutoModelForCausalLM, model, f"--model {model}", dtype=dtype,
             attn_implementation="sdpa", trust_remote_code=trust_remote_code,
         ).eval()
+        for p in loaded.parameters():  # a file's weights lie where they lie, and a product's last bits tell
+            p.data = p.data.clone()
     declared = loaded.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -19,6 +19,7 @@ import operator
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -99,6 +100,8 @@ class Config:
 
     prompts_per_step: int = flag(32, "different prompts in a step", at_least=1, group="sampling")
     group_size: int = flag(8, "answers sampled for each prompt; they are compared with one another", at_least=2)
+    refill_rounds: int = flag(0, "times that a step may replace groups of equal rewards by fresh ones (DAPO)",
+                              at_least=0)
     max_new_tokens: int = flag(1024, "length limit of an answer, in tokens", at_least=1)
     temperature: float = flag(1.0, "sampling temperature", above=0)
     max_rows: int | None = flag(None, "answers sampled at a time; default: as many as fit the memory",
@@ -106,12 +109,19 @@ class Config:
 
     loss_temperature: float | None = flag(None, "temperature in the loss; default: the sampling's", above=0,
                                           group="the objective")
-    advantage_std: Literal["population", "sample", "none"] = flag(
-        "population", "what centred rewards are divided by: their standard deviation (/n, /(n-1)), or nothing"
+    advantage_std: Literal["population", "sample", "batch", "none"] = flag(
+        "population", "what centred rewards are divided by: their standard deviation (/n, /(n-1)), that of "
+        "the batch's rewards (/n), or nothing"
     )
     advantage_eps: float = flag(1e-6, "added to that standard deviation", at_least=0)
     skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens")
+    overlong_buffer: int = flag(0, "an answer's last so many tokens before --max-new-tokens lower its "
+                                "reward, by up to 1 at the limit (DAPO); 0: no such penalty", at_least=0)
     updates_per_batch: int = flag(1, "optimizer steps on each batch; 1 needs no ratio and no clip", at_least=1)
+    ratio: Literal["token", "answer"] = flag("token", "of each token, or one for all of an answer's (GSPO)")
+    surrogate: Literal["clip", "cispo"] = flag(
+        "clip", "what a ratio out of bounds does: its token has no gradient, or the bound's weight (CISPO)"
+    )
     clip_low: float = flag(0.2, "with several updates: the ratio is clipped below at 1 - this", at_least=0,
                            at_most=1)
     clip_high: float = flag(0.2, "and above at 1 + this", at_least=0)
@@ -126,6 +136,8 @@ class Config:
                               above=0, at_most=1)
 
     learning_rate: float = flag(1e-6, "of AdamW", at_least=0, may_change=True, group="the optimizer")
+    warmup_steps: int = flag(0, "steps in which the learning rate rises to that, in a line", at_least=0,
+                             may_change=True)
     lr_schedule: Literal["constant", "linear"] = flag("constant", "linear falls to zero over the run",
                                                       may_change=True)
     adam_betas: list[float] = field(
@@ -192,6 +204,13 @@ RECIPES: dict[str, dict] = {
         "aggregation": "sequence", "learning_rate": 5e-6, "max_grad_norm": 0.1,
         "reward": ["gsm8k_answer", "reasoning_tags"],
     },
+    "dapo": {"refill_rounds": 3, "overlong_buffer": 256, "updates_per_batch": 2, "clip_high": 0.28},
+    "dr-grpo": {"advantage_std": "none", "aggregation": "constant"},
+    "gspo": {
+        "updates_per_batch": 2, "ratio": "answer", "clip_low": 3e-4, "clip_high": 4e-4,
+        "aggregation": "sequence",
+    },
+    "cispo": {"advantage_std": "batch", "updates_per_batch": 2, "surrogate": "cispo", "clip_high": 4.0},
 }
 
 
@@ -234,6 +253,8 @@ def check_config(config: Config) -> None:
                 refuse(f.name, f"must be {must}, and finite")
     if len(config.adam_betas) != 2:
         refuse("adam_betas", "give two numbers")
+    if config.overlong_buffer > config.max_new_tokens:
+        refuse("overlong_buffer", f"must be at most --max-new-tokens, {config.max_new_tokens}")
     planned_for = config.plan_only and config.memory_budget_gib
     if config.device == "cuda" and not torch.cuda.is_available() and not planned_for:
         refuse("device", "torch sees no CUDA device; use --device cpu, or check the driver")
@@ -266,16 +287,21 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     """One step of GRPO, start to end: its line of metrics.jsonl, and its episodes."""
     config, step, started = run.config, run.step + 1, time.monotonic()
 
-    # Sample a group of answers to each prompt, and score them.
-    examples = run.next_examples(config.prompts_per_step)
-    episodes = rollout(
-        run.sampler, run.score, run.policy.tokenizer, examples, run.limits, group_size=config.group_size,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=run.generator,
-    )
+    # Sample a group of answers to each prompt, and score them. In a refill (DAPO's dynamic sampling), groups
+    # of fresh prompts take the places of those without spread, which nothing could be learned from.
+    episodes, kept, drawn, lacking = [], [], run.drawn, config.prompts_per_step
+    for _ in range(1 + config.refill_rounds):
+        kept = [e for e in kept if e.group in groups_with_spread(kept)]
+        fresh = rollout(run, run.next_examples(drawn, lacking), group_size=config.group_size,
+                        temperature=config.temperature, generator=run.generator, first_group=drawn - run.drawn)
+        episodes, drawn = episodes + fresh, drawn + lacking
+        kept += [e for e in fresh if e.completion.finished or not config.skip_truncated]
+        lacking = config.prompts_per_step - len(groups_with_spread(kept))
+        if not lacking:
+            break
     sampled = time.monotonic()
 
     # Advantages: how much better each answer is than the others to its prompt.
-    kept = [e for e in episodes if e.completion.finished or not config.skip_truncated]
     advantages = group_advantages(
         torch.tensor([e.reward for e in kept], dtype=torch.float64),
         torch.tensor([e.group for e in kept], dtype=torch.long),
@@ -286,7 +312,7 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
 
     # Update the policy on the tokens that count.
     sequences = train_sequences(kept, config)
-    rate = config.learning_rate
+    rate = config.learning_rate * min(1.0, step / max(config.warmup_steps, 1))
     if config.lr_schedule == "linear":
         rate *= 1 - (step - 1) / config.steps
     set_learning_rate(run.optimizer, rate)
@@ -300,9 +326,10 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     if run.reference and config.reference_every and step % config.reference_every == 0:
         run.reference.refresh()
 
-    run.step, run.drawn = step, run.drawn + len(examples)
+    run.step, run.drawn = step, drawn
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
     return step_metrics(step, episodes, learned, skipped, rate) | {
+        "groups_kept": len(groups_with_spread(kept)),
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
         "seconds": time.monotonic() - started,
@@ -310,31 +337,55 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     }, episodes
 
 
+def groups_with_spread(episodes: list[Episode]) -> set[int]:
+    """The groups whose rewards are not all equal."""
+    rewards_of: dict[int, set[float]] = {}
+    for e in episodes:
+        rewards_of.setdefault(e.group, set()).add(e.reward)
+    return {group for group, found in rewards_of.items() if len(found) > 1}
+
+
 # ---- Rollout: answers and their scores ---------------------------------------------------------------------
 
 
 def rollout(
-    sampler: Callable, score: Callable, tokenizer, examples: list[dict], limits: memory.Limits, *,
-    group_size: int = 1, **sampling,
+    run: "Run", examples: list[dict], *, group_size: int, temperature: float,
+    generator: torch.Generator | None = None, limits: memory.Limits | None = None, first_group: int = 0,
 ) -> list[Episode]:
-    """Sample `group_size` answers to each example, as many at a time as the memory allows, and score them.
-
-    sampler: (prompts' token ids, group_size, max_rows, **sampling) -> list[Completion], such as `sample` with
-    its model. score: (examples, texts) -> a (reward, parts) for each, such as `scorer` makes.
-    """
-    prompts = [example["prompt_ids"] for example in examples]
+    """Sample `group_size` answers to each example, as many at a time as the memory allows, and score them."""
+    config, limits = run.config, limits or run.limits
+    prompts, total = [example["prompt_ids"] for example in examples], len(examples) * group_size
+    # On the CPU and before any attempt, so that memory running out changes nothing in what is sampled.
+    uniform = None
+    if temperature:
+        uniform = torch.rand(total, config.max_new_tokens, dtype=torch.float64, generator=generator)
     completions = until_it_fits(
-        lambda: sampler(prompts, group_size=group_size, max_rows=limits.max_rows, **sampling),
+        lambda: run.sampler(prompts, group_size=group_size, max_new_tokens=config.max_new_tokens,
+                            temperature=temperature, uniform=uniform, max_rows=limits.max_rows),
         limits, "rollout",
     )
-    groups = [i // group_size for i in range(len(completions))]
+    groups = [i // group_size for i in range(total)]
     # Without the EOS.
-    texts = tokenizer.batch_decode([c.ids[:-1] if c.finished else c.ids for c in completions])
-    scores = score([examples[group] for group in groups], texts)
-    return [
-        Episode(examples[group], group, prompts[group], completion, text, reward, parts)
+    texts = run.policy.tokenizer.batch_decode([c.ids[:-1] if c.finished else c.ids for c in completions])
+    scores = run.score([examples[group] for group in groups], texts)
+    episodes = [
+        Episode(examples[group], first_group + group, prompts[group], completion, text, reward, parts)
         for group, completion, text, (reward, parts) in zip(groups, completions, texts, scores)
     ]
+    for e in episodes if config.overlong_buffer else []:
+        e.parts["overlong"] = overlong_penalty(
+            len(e.completion.ids), config.max_new_tokens, config.overlong_buffer
+        )
+        e.reward += e.parts["overlong"]
+    return episodes
+
+
+def overlong_penalty(length: int, max_new_tokens: int, buffer: int) -> float:
+    """What an answer of `length` tokens, its EOS counted, loses for coming near the limit: from 0 at
+    max_new_tokens - buffer down in a line to -1 at the limit (DAPO, arXiv 2503.14476, eq. 13)."""
+    if buffer == 0:
+        return 0.0
+    return max(-1.0, min(0.0, (max_new_tokens - buffer - length) / buffer))
 
 
 def scorer(
@@ -437,42 +488,91 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
     return cache, visible.bool(), logits
 
 
-def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One index a row of probabilities[rows, V]: where their running sum passes a uniform number.
+# Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, many on a GPU.
+LOGITS_AT_ONCE = {"cpu": 2**20}
 
-    torch.multinomial draws V random numbers a row, on a CPU one after another: ten times as long.
+
+def choose_tokens(
+    logits: Tensor, temperature: float, uniform: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows].
+
+    The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1.
+    Large vocabularies take two stages: which 128 tokens, then which of them; so the running sums, in float64
+    because float32 would round the rare tokens' shares, are short, and no second rows x V tensor is made.
+    Temperature 0 takes the best token and leaves `uniform` alone; its numbers are those at temperature 1.
+    A row with NaN or +inf gets any token, with a log-probability of NaN, which tells on the step.
     """
-    sums = probabilities.cumsum(-1, dtype=torch.float64)  # float32 would round the rare tokens' shares
-    uniform = torch.rand(len(sums), 1, generator=generator, device=sums.device, dtype=torch.float64)
-    tokens = torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(1)
-    return tokens.clamp(max=sums.shape[1] - 1)
+    (rows, vocab), heat = logits.shape, temperature or 1.0
+    size = vocab if vocab <= 1024 else 128
+    blocks = math.ceil(vocab / size)
+    at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
+    new = partial(logits.new_empty, dtype=torch.float32)
+    z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
+    p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
+    lowest = logits.new_full((1,), -1e30, dtype=torch.float32)
+    for i in range(0, rows, at_once):
+        part = slice(i, min(i + at_once, rows))
+        z, p = z[: part.stop - i], p[: part.stop - i]
+        # Finite, so that a probability of zero times its logit is zero, and no NaN, in the entropy.
+        torch.maximum(logits[part], lowest, out=z)
+        torch.amax(z, -1, keepdim=True, out=top[part])
+        z.sub_(top[part])
+        if heat != 1:
+            z.div_(heat)
+        torch.exp(z, out=p[:, :vocab])
+        torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
+        torch.sum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
 
-
-def choose_tokens(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies); the best at 0."""
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    # Logits that are not numbers draw any token; its log-probability stays NaN, which tells on the step.
-    probabilities = logprobs.exp().nan_to_num_(nan=1.0)
-    tokens = draw(probabilities, generator) if temperature else logits.argmax(-1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), torch.special.entr(probabilities).sum(-1)
+    share = uniform[:, None] if temperature else None
+    tokens = None if temperature else logits.argmax(-1, keepdim=True)
+    first, others = 0, 0.0  # of the chosen block: its first token, and the sum over all other blocks
+    if blocks > 1:
+        running = sums.cumsum(-1, dtype=torch.float64)
+        if temperature:
+            target = share * running[:, -1:]
+            block = torch.searchsorted(running, target, right=True).clamp_(max=blocks - 1)
+            # How far into its block the target lies is uniform again; rounding must not take it out.
+            share = (target - running.gather(1, block)) / sums.gather(1, block) + 1
+            share.clamp_(0, 1 - 2**-53)
+        else:
+            block = tokens // size
+        first, others = block * size, running[:, -1:] - sums.gather(1, block)
+        places = first + torch.arange(size, device=logits.device)
+        logits = logits.gather(1, places.clamp(max=vocab - 1)).masked_fill_(places >= vocab, -math.inf)
+    z = (logits.float() - top).div_(heat)
+    running = z.exp().cumsum(-1, dtype=torch.float64)
+    if temperature:
+        within = torch.searchsorted(running, share * running[:, -1:], right=True).clamp_(max=size - 1)
+    else:
+        within = tokens - first
+    # The chosen block's sum in float64: what a near-certain token leaves to the others is not rounded away.
+    log_total = (running[:, -1:] + others).log_()
+    logprobs = z.gather(1, within) - log_total
+    entropies = (log_total - moment / log_total.exp()).nan_to_num_(nan=0.0)
+    tokens = (first + within).clamp_(max=vocab - 1)
+    return tokens[:, 0], logprobs[:, 0].float(), entropies[:, 0].float()
 
 
 # Steps between looks at which rows have finished: each look makes the host wait for the GPU.
 CHECK_EVERY = {"cuda": 8}
+PREFILLED = 32  # prompts in a pass; memory.plan counts so many
 
 
 @torch.no_grad()
 def sample(
     model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
     eos_token_id: int | list[int], pad_token_id: int, generator: torch.Generator | None = None,
-    max_rows: int | None = None,
+    uniform: Tensor | None = None, max_rows: int | None = None,
 ) -> list[Completion]:
     """`group_size` completions of each prompt, prompt after prompt.
 
     Each prompt is run once and its cache copied to its group. All rows are decoded together; rows that finish
     make room for prompts that wait (at most `max_rows` are live), or, when none waits, leave the batch.
-    `temperature` 0 is greedy. Raises InputError for an empty prompt, or a model whose attention can't see the
-    whole answer.
+    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1); without it, all are drawn from
+    `generator` at the start. So what is sampled depends neither on `max_rows` nor on who finishes when.
+    `temperature` 0 is greedy and draws nothing. Raises InputError for an empty prompt, or a model whose
+    attention can't see the whole answer.
     """
     device, total = model.device, len(prompts) * group_size
     if not prompts or not all(prompts):
@@ -490,7 +590,14 @@ def sample(
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
     check_every = CHECK_EVERY.get(device.type, 1)
 
+    if uniform is None and temperature:
+        uniform = torch.rand(
+            total, max_new_tokens, dtype=torch.float64, generator=generator,
+            device=generator.device if generator else None,
+        )
     # What was sampled, by episode; finished rows go on writing, into the last column, until they are removed.
+    # They have a random number there too.
+    uniform = torch.nn.functional.pad(uniform.to(device), (0, 1)) if temperature else None
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
@@ -502,9 +609,10 @@ def sample(
 
     def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
-        token[where], logprob, entropy = choose_tokens(logits, temperature, generator)
         who, stopped = episode[where], done[where]
         column = torch.where(stopped, max_new_tokens, lengths[who])
+        draws = uniform[who, column] if temperature else None
+        token[where], logprob, entropy = choose_tokens(logits, temperature, draws)
         ids[who, column], logprobs[who, column], entropies[who, column] = token[where], logprob, entropy
         lengths[who] += ~stopped
         finished[who] |= ~stopped & torch.isin(token[where], stops)
@@ -552,8 +660,10 @@ def sample(
             room = min(rows - unfinished, total - admitted)
             # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
             if room and room >= min(total - admitted, max(1, rows // 8)):
-                admit(admitted, room)
-                admitted += room
+                while room:  # in slices of a few prompts
+                    count = min(room, PREFILLED * group_size - admitted % group_size)
+                    admit(admitted, count)
+                    admitted, room = admitted + count, room - count
                 continue
             if not unfinished:
                 break
@@ -594,26 +704,31 @@ def refuse_short_windows(config, tokens: int) -> None:
 
 
 def group_advantages(
-    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "none"] = "population",
+    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "batch", "none"] = "population",
     eps: float = 1e-6,
 ) -> Tensor:
     """How much better each answer is than the others to its prompt: (r - mean) / (std + eps) in its group.
 
     rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv
-    2402.03300), section 4.1.2; std "none" is Dr. GRPO (arXiv 2503.20783). A group of one has advantage 0.
+    2402.03300), section 4.1.2; std "batch" divides by the deviation of all rewards instead (arXiv 2508.08221,
+    section 4.1), "none" by nothing (Dr. GRPO, arXiv 2503.20783). A group whose rewards are equal, or a group
+    of one, has advantages of exactly 0.
     """
     index = groups.unique(return_inverse=True)[1]
     rewards = rewards.double()
     count = torch.bincount(index).double()
     total = lambda x: torch.zeros_like(count).index_add_(0, index, x)
+    largest, smallest = (torch.zeros_like(count).scatter_reduce_(0, index, rewards, how, include_self=False)
+                         for how in ("amax", "amin"))
+    # By equality, as the rounded mean of equal rewards may be 1e-17 off, which the division would blow up.
+    equal = (largest == smallest)[index]
     centred = rewards - (total(rewards) / count)[index]
-    # A mean is rounded: without this, equal rewards could leave 1e-17, which the division would blow up.
-    centred = torch.where(centred.abs() <= 1e-12 * rewards.abs(), 0.0, centred)
-    if std != "none":
-        squares = total(centred**2)
-        deviation = (squares / (count - int(std == "sample")).clamp(min=1)).sqrt()
-        centred = centred / (deviation + eps).clamp(min=1e-300)[index]  # 0 / 0 when eps is 0
-    return torch.where(centred == 0, 0.0, centred).float()
+    if std == "batch":
+        centred /= (rewards - rewards.mean()).square().mean().sqrt() + eps
+    elif std != "none":
+        degrees = (count - int(std == "sample")).clamp(min=1)
+        centred /= (total(centred**2) / degrees).sqrt()[index] + eps
+    return torch.where(equal, 0.0, centred).float()
 
 
 def token_weights(
@@ -686,6 +801,12 @@ def train_sequences(episodes: list[Episode], config: Config) -> list[TrainSequen
     ]
 
 
+# What `update` measures: means over its updates, and extremes.
+LEARNED = ("loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min", "ratio_max",
+           "grad_norm")
+EXTREMES = {"ratio_min": min, "ratio_max": max}
+
+
 def update(
     policy: Policy, reference: Callable | None, optimizer, sequences: list[TrainSequence], config: Config,
     limits: memory.Limits,
@@ -702,16 +823,18 @@ def update(
     for number in range(config.updates_per_batch):
         sums = until_it_fits(
             partial(compute_gradients, policy, limits, sequences, config.loss_temperature or config.temperature,
-                    become_old=number == 0 and config.updates_per_batch > 1, clip_low=config.clip_low,
-                    clip_high=config.clip_high, beta=config.beta),
+                    become_old=number == 0 and config.updates_per_batch > 1, ratio=config.ratio,
+                    surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
+                    beta=config.beta),
             limits, "update", longest=max(map(len, sequences)),
         )
         records.append(optimizer_step(policy, optimizer, sums, config.max_grad_norm))
     metrics = {"updates": records if len(records) > 1 else None,
                "bad_updates": sum(None in record.values() for record in records)}
-    for name in ("loss", "kl", "clip_fraction", "grad_norm"):
+    for name in LEARNED:
         values = [record[name] for record in records if record.get(name) is not None]
-        metrics[name] = sum(values) / len(values) if values else None
+        join = EXTREMES.get(name, statistics.fmean)
+        metrics[name] = join(values) if values else None
     return metrics
 
 
@@ -723,7 +846,7 @@ def in_micro_batches(sequences: list[TrainSequence], limits: memory.Limits) -> l
 
 def compute_gradients(
     policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], temperature: float, *,
-    become_old: bool = False, **loss_options,
+    become_old: bool = False, ratio: str = "token", **loss_options,
 ) -> dict[str, Tensor]:
     """The gradients of the whole batch's loss, micro-batch after micro-batch; its sum, and the means of its
     statistics. With `become_old` these log-probabilities are the `old_logprobs` of the updates to come."""
@@ -740,11 +863,16 @@ def compute_gradients(
             for name in ("advantages", "weights", "old_logprobs", "ref_logprobs")
             if getattr(batch[0], name) is not None
         }
+        if ratio == "answer":
+            of_batch["answers"] = torch.arange(len(batch)).repeat_interleave(
+                torch.tensor([len(s.counted) for s in batch])
+            ).to(logprobs.device)
         loss, stats = grpo_loss(logprobs, **of_batch, **loss_options)
         loss.backward()
-        share = len(logprobs) / tokens  # the loss is a sum, its statistics are means
-        for name, value in {"loss": loss.detach(), **{k: share * v for k, v in stats.items()}}.items():
-            sums[name] = sums.get(name, 0) + value
+        share = len(logprobs) / tokens  # the loss is a sum, its statistics are means or extremes
+        found = {k: x if k in EXTREMES else share * x for k, x in stats.items()} | {"loss": loss.detach()}
+        for name, x in found.items():
+            sums[name] = EXTREMES.get(name, operator.add)(sums[name], x) if name in sums else x
     return sums
 
 
@@ -791,30 +919,61 @@ def sequence_logprobs(
 
 def grpo_loss(
     logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0,
+    ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, *,
+    answers: Tensor | None = None, surrogate: Literal["clip", "cispo"] = "clip",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss over tokens, all arguments of any one shape: (0-dim loss, stats).
 
     Without `old_logprobs` the batch is exactly on-policy: the ratio pi/pi_old is 1 whatever its gradient,
-    clipping can't act, and A * logprob has the same gradient as A * ratio. With them it is PPO's clipped
-    surrogate (arXiv 1707.06347, eq. 7; two bounds as in DAPO, arXiv 2503.14476). The KL term is the k3
-    estimator (GRPO, arXiv 2402.03300, eq. 4). stats: means over the tokens given, `kl` with a reference and
-    `clip_fraction` with old log-probabilities.
+    clipping can't act, and A * logprob has the same gradient as A * ratio. With them, "clip" is PPO's
+    surrogate (arXiv 1707.06347, eq. 7; two bounds as in DAPO, arXiv 2503.14476): a token that is clipped has
+    no gradient. "cispo" (arXiv 2506.13585, eqs. 4 and 5) makes min(ratio, 1 + clip_high) a mere weight of
+    A * logprob: every token keeps its gradient, and clip_low is unused.
+
+    `answers`, int64[n], any number for each answer that the n tokens belong to, makes it GSPO (arXiv
+    2507.18071): a token's logprob and logprob - old are replaced by their means over its answer's tokens
+    here, so these share one ratio, and the gradient goes to all of them. `importance` weighs the surrogate
+    and has no gradient. The KL term, always the token's own, is the k3 estimator (GRPO, arXiv 2402.03300,
+    eq. 4).
+
+    stats, over the tokens given: the mean `kl` with a reference; with old log-probabilities the share that
+    clipping changed, `clip_fraction`, its parts `clip_low_fraction` and `clip_high_fraction`, and the
+    extremes `ratio_min` and `ratio_max`.
     """
     stats = {}
+
+    def of_answer(x: Tensor) -> Tensor:
+        if answers is None:
+            return x
+        _, index, tokens = answers.unique(return_inverse=True, return_counts=True)
+        means = x.new_zeros(len(tokens)).index_add(0, index, x) / tokens
+        return means.index_select(0, index)  # means[index] would add up gradients as threads arrive
+
     if old_logprobs is None:
-        surrogate = advantages * logprobs
+        objective = advantages * of_answer(logprobs)
     else:
-        ratio = (logprobs - old_logprobs).exp()
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-        stats["clip_fraction"] = (clipped * advantages < ratio * advantages).float().mean()
+        ratio = of_answer(logprobs - old_logprobs).exp()
+        if surrogate == "cispo":
+            clipped = ratio.clamp(max=1 + clip_high)
+            objective = clipped.detach() * advantages * of_answer(logprobs)
+            changed = clipped < ratio
+        else:
+            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+            objective = torch.minimum(ratio * advantages, clipped * advantages)
+            changed = clipped * advantages < ratio * advantages
+        shares = {"clip_fraction": changed, "clip_low_fraction": changed & (ratio < clipped),
+                  "clip_high_fraction": changed & (ratio > clipped)}
+        stats = {name: share.float().mean() for name, share in shares.items()}
+        stats["ratio_min"], stats["ratio_max"] = ratio.detach().aminmax()
+    if importance is not None:
+        objective = objective * importance.detach()
     if ref_logprobs is not None:
         difference = ref_logprobs - logprobs
         kl = difference.exp() - difference - 1
-        surrogate = surrogate - beta * kl
+        objective = objective - beta * kl
         stats["kl"] = kl.detach().mean()
-    return -(weights * surrogate).sum(), stats
+    return -(weights * objective).sum(), stats
 
 
 def optimizer_step(policy: Policy, optimizer, sums: dict[str, Tensor], max_grad_norm: float) -> dict:
@@ -840,7 +999,6 @@ def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str
     for e in episodes:
         groups.setdefault(e.group, set()).add(e.advantage)
     entropies = [entropy for e in episodes for entropy in e.completion.entropies if math.isfinite(entropy)]
-    numbers = ("loss", "kl", "clip_fraction", "grad_norm", "bad_updates", "updates")
     return {
         "step": step,
         "reward": mean([e.reward for e in episodes]),
@@ -848,9 +1006,10 @@ def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str
         "accuracy": mean([is_solved(e) for e in episodes]),
         "completion_length": mean([len(e.completion.ids) for e in episodes]),
         "truncated_fraction": mean([not e.completion.finished for e in episodes]),
+        "groups_drawn": len(groups),
         "groups_without_spread": mean([advantages == {0.0} for advantages in groups.values()]),
         "entropy": mean(entropies or [0.0]),
-        **{name: learned.get(name) for name in numbers},
+        **{name: learned.get(name) for name in (*LEARNED, "bad_updates", "updates")},
         "learning_rate": rate,
         "skipped": skipped,
     }
@@ -863,13 +1022,13 @@ def evaluate(run: "Run") -> dict:
     """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
     first three greedy answers to show. Draws from random numbers of its own: training never notices."""
     config = run.config
-    roll = partial(rollout, run.sampler, run.score, run.policy.tokenizer, run.heldout, run.limits,
-                   max_new_tokens=config.max_new_tokens)
-    greedy = roll(temperature=0.0)
+    # Limits of its own: when its memory runs out, training goes on with as many rows as before.
+    roll = partial(rollout, run, run.heldout, limits=dataclasses.replace(run.limits))
+    greedy = roll(group_size=1, temperature=0.0)
     result = {"step": run.step, "accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
     if config.eval_samples:
         drawn = roll(group_size=config.eval_samples, temperature=config.temperature,
-                     generator=torch.Generator(run.device).manual_seed(config.seed))
+                     generator=torch.Generator().manual_seed(config.seed))
         result["pass_at_k"] = len({e.group for e in drawn if is_solved(e)}) / len(run.heldout)
     run.evaluations.append(dict(result))
     shown = [(data.last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
@@ -930,12 +1089,12 @@ class Run:
 
     progress: ClassVar = ("before", "step", "bad_steps", "drawn", "evaluations")
 
-    def next_examples(self, count: int) -> list[dict]:
-        """The examples to come: pass after pass over all of them, each in a new order."""
+    def next_examples(self, drawn: int, count: int) -> list[dict]:
+        """Those that follow the first `drawn` ones: pass after pass over all, each in a new order."""
         shuffle, order = random.Random(self.config.seed), []
-        while len(order) < self.drawn + count:
+        while len(order) < drawn + count:
             order += shuffle.sample(self.examples, len(self.examples))
-        return order[self.drawn : self.drawn + count]
+        return order[drawn : drawn + count]
 
     def save(self) -> None:
         # While numbers go wrong, no checkpoint from before that is removed.
@@ -1016,7 +1175,7 @@ def open_run(config: Config) -> Run | None:
         partial(sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id),
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
-        torch.Generator(device).manual_seed(config.seed),
+        torch.Generator().manual_seed(config.seed),
     )
     if state:
         try:

@@ -702,13 +702,17 @@ def _bytes(
     # One buffer is copied when rows leave. Older transformers (5.17) also repeats a layer's keys and values
     # for each query head while it decodes.
     copies = 1 if hasattr(sdpa_attention, "pack_gqa") else max(1, 2 * queries // keys)
-    prefill = math.ceil(rows / wanted.group_size) * wanted.prompt_tokens * (kv_token + 3 * byte * inner)
+    # Logits are turned into tokens in blocks of 2**20 on a CPU, 2**24 on a GPU, twice in float32 (three times
+    # while half precision is cast); the sums over 128 tokens are in float64 too.
+    choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
+    # 32 prompts at a time; an evaluation's have one row each.
+    prefill = min(rows, 32) * wanted.prompt_tokens * (kv_token + 3 * byte * inner)
     return MemoryPlan(
         held={"weights": byte * sum(sizes)} | (state if wanted.training and not offloaded else {}),
         rollout={
             f"KV cache, {rows} rows": kv_cache,
             "sampler: logits or prefill":
-                max(rows * vocab * (byte + 16) + copies * kv_cache // (2 * layers), prefill),
+                max(rows * vocab * byte + choosing + copies * kv_cache // (2 * layers), prefill),
         },
         update={
             "gradients, float32": 4 * sum(sizes),

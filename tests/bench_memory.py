@@ -118,7 +118,8 @@ def rollout(model, rows: int, columns: int) -> None:
     token = torch.zeros((rows, 1), dtype=torch.long, device=model.device)
     positions = torch.full_like(token, columns - 1)
     output = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    choose_tokens(output.logits[:, -1], 0.5)
+    uniform = torch.rand(rows, dtype=torch.float64, device=model.device)
+    choose_tokens(output.logits[:, -1], 0.5, uniform)
     del output
     keep = torch.arange(rows - 1, device=model.device)
     for buffer in cache.keys + cache.values:

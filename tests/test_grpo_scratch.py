@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,8 +56,11 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"task": "gsm8k", "prompt_format": "countdown"}, "--task gsm8k.*use one of gsm8k, gsm8k-reasoning"),
     ({"task": "mine.csv", "prompt_format": "gsm8k"}, "as they stand"),
     ({"recipe": "lm-book", "task": "countdown", "prompt_format": "gsm8k"}, "use one of countdown, mini"),
-    ({"beta": -1.0}, "at least 0"), ({"advantage_std": "pop"}, "use one of population, sample, none"),
+    ({"beta": -1.0}, "at least 0"), ({"advantage_std": "pop"}, "population, sample, batch, none"),
     ({"aggregation": "mean"}, "token, sequence, constant"), ({"lr_schedule": "lin"}, "constant, linear"),
+    ({"ratio": "group"}, "token, answer"), ({"surrogate": "ppo"}, "clip, cispo"),
+    ({"refill_rounds": -1}, "at least 0"), ({"warmup_steps": -1}, "at least 0"),
+    ({"overlong_buffer": 9, "max_new_tokens": 8}, "at most --max-new-tokens, 8"),
 ])
 def test_bad_settings_are_refused_with_what_is_allowed(override, told):
     with pytest.raises(g.InputError, match=told):
@@ -73,10 +77,9 @@ def test_a_recipes_prompt_format_goes_with_the_recipes_task(task):
 # Advantages, weights, mask
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    data=st.data(), std=st.sampled_from(["population", "sample", "none"]), eps=st.sampled_from([1e-6, 1e-4])
-)
+@settings(deadline=None, max_examples=80)
+@given(data=st.data(), std=st.sampled_from(["population", "sample", "batch", "none"]),
+       eps=st.sampled_from([1e-6, 1e-4]))
 def test_advantages_equal_a_loop_over_groups_in_numpy(data, std, eps):
     groups = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=1, max_size=30)))
     rewards = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0, 1.1, -1.0]),
@@ -84,11 +87,9 @@ def test_advantages_equal_a_loop_over_groups_in_numpy(data, std, eps):
     expected = np.zeros(len(groups))
     for group in set(groups.tolist()):
         r = rewards[groups == group]
-        if len(r) > 1 and len(set(r.tolist())) > 1:
-            scale = (
-                {"population": r.std() + eps, "sample": r.std(ddof=1) + eps, "none": 1.0}[std]
-                if len(r) > 1 else 1.0
-            )
+        if len(set(r.tolist())) > 1:
+            scale = {"population": r.std() + eps, "sample": r.std(ddof=1) + eps,
+                     "batch": rewards.std() + eps, "none": 1.0}[std]
             expected[groups == group] = (r - r.mean()) / scale
     got = g.group_advantages(torch.tensor(rewards), torch.tensor(groups), std, eps)
     assert got.dtype == torch.float32
@@ -96,11 +97,34 @@ def test_advantages_equal_a_loop_over_groups_in_numpy(data, std, eps):
 
 
 def test_equal_rewards_and_a_group_of_one_have_exactly_no_advantage():
-    rewards = torch.tensor([0.1] * 3 + [0.7] * 7 + [5.0])
-    groups = torch.tensor([0] * 3 + [1] * 7 + [2])
-    for std in ("population", "sample", "none"):
+    rewards = torch.tensor([0.1] * 3 + [0.7] * 7 + [5.0] + [0.0, 1.0], dtype=torch.float64)
+    groups = torch.tensor([0] * 3 + [1] * 7 + [2] + [3] * 2)
+    for std in ("population", "sample", "batch", "none"):
         for eps in (1e-6, 0.0):
-            assert (g.group_advantages(rewards, groups, std, eps) == 0).all()
+            # Alone, where every deviation is 0, and beside a group with spread.
+            assert (g.group_advantages(rewards[:11], groups[:11], std, eps) == 0).all()
+            assert (g.group_advantages(rewards, groups, std, eps) == 0).tolist() == [True] * 11 + [False] * 2
+
+
+def test_rewards_that_differ_by_a_rounding_have_spread():
+    rewards = torch.tensor([1e6, 1e6 + 1e-9, 1.0, 1.0], dtype=torch.float64)
+    got = g.group_advantages(rewards, torch.tensor([0, 0, 1, 1]))
+    assert got.sign().tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_no_rewards_have_no_advantages():
+    for std in ("population", "sample", "batch", "none"):
+        assert g.group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.long), std).shape == (0,)
+
+
+@pytest.mark.parametrize("length, limit, buffer, penalty", [
+    (1, 100, 20, 0.0), (80, 100, 20, 0.0),  # up to L - c
+    (81, 100, 20, -0.05), (90, 100, 20, -0.5), (95, 100, 20, -0.75), (100, 100, 20, -1.0),
+    (101, 100, 20, -1.0), (500, 100, 20, -1.0),  # beyond L, which a batch of another engine may hold
+    (25, 100, 100, -0.25), (100, 100, 0, 0.0), (120, 100, 0, 0.0),
+])
+def test_the_overlong_penalty_falls_in_a_line_over_the_buffer(length, limit, buffer, penalty):
+    assert g.overlong_penalty(length, limit, buffer) == pytest.approx(penalty, abs=1e-15)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
@@ -142,65 +166,137 @@ def test_the_mask_keeps_a_fifth_of_distinct_entropies():
 # The loss
 
 
-def naive_loss(logprobs, lengths, advantages, old, ref, aggregation, max_new, low, high, beta):
-    """GRPO on padded [B, T] tensors in float64, token by token, as one would write it on a blackboard."""
-    per_answer, total = [], 0
+def naive_loss(logprobs, lengths, here, scale, advantages, old, ref, importance, variant, aggregation,
+               max_new, low, high, beta):
+    """The objectives on padded [B, T] tensors in float64, token by token, as one would write them on a
+    blackboard: (loss, share of tokens clipped low, high). Only tokens that are `here` take part."""
+    total, clipped_low, clipped_high = 0, 0, 0
     for b, n in enumerate(lengths):
-        terms = []
-        for t in range(n):
-            a, lp = advantages[b], logprobs[b, t]
-            if old is None:
-                surrogate = a * torch.exp(lp - lp.detach())
+        tokens = [t for t in range(n) if here[b, t]]
+        before = logprobs.detach() if old is None else old
+        log_ratios = {t: logprobs[b, t] - before[b, t] for t in tokens}
+        if variant == "answer":
+            mean = sum(log_ratios.values()) / len(tokens)
+            log_ratios = {t: mean for t in tokens}
+        weight = {"token": 1 / sum(lengths), "sequence": 1 / (n * len(lengths)),
+                  "constant": 1 / (max_new * len(lengths))}[aggregation]
+        for t in tokens:
+            a, ratio = advantages[b], torch.exp(log_ratios[t])
+            too_low, too_high = bool(ratio < 1.0 - low), bool(ratio > 1.0 + high)
+            bound = 1.0 - low if too_low else 1.0 + high if too_high else ratio
+            if variant == "cispo":
+                surrogate = min(ratio.item(), 1.0 + high) * a * logprobs[b, t]
+                clipped_high += too_high
             else:
-                ratio = torch.exp(lp - old[b, t])
-                bounds = torch.tensor([1.0 - low, 1.0 + high]).double()
-                inside = bounds[0] if ratio < bounds[0] else min(ratio, bounds[1])
-                surrogate = min(ratio * a, inside * a)
-            kl = torch.exp(ref[b, t] - lp) - (ref[b, t] - lp) - 1 if ref is not None else 0.0
-            terms.append(surrogate - beta * kl)
-        per_answer.append(sum(terms))
-        total += n
-    if aggregation == "token":
-        return -sum(per_answer) / total
-    if aggregation == "sequence":
-        return -sum(x / n for x, n in zip(per_answer, lengths)) / len(lengths)
-    return -sum(x / max_new for x in per_answer) / len(lengths)
+                surrogate = min(ratio * a, bound * a)
+                clipped_low += too_low and bool(a < 0)
+                clipped_high += too_high and bool(a > 0)
+            if importance is not None:
+                surrogate = surrogate * importance[b, t]
+            if ref is not None:
+                difference = ref[b, t] - logprobs[b, t]
+                surrogate = surrogate - beta * (torch.exp(difference) - difference - 1)
+            total = total - weight * scale[b, t] * surrogate
+    return total, clipped_low / int(here.sum()), clipped_high / int(here.sum())
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("with_old", [False, True])
 @pytest.mark.parametrize("with_ref", [False, True])
-def test_loss_and_gradient_equal_a_naive_padded_float64_one(aggregation, with_old, with_ref):
-    lengths, T = [3, 7, 1, 5], 7
-    logprobs = -torch.rand(4, T, dtype=torch.float64) * 2
-    old = logprobs + 0.4 * torch.randn(4, T, dtype=torch.float64) if with_old else None
-    ref = logprobs + 0.4 * torch.randn(4, T, dtype=torch.float64) if with_ref else None
-    advantages = torch.tensor([1.2, -0.7, 0.3, -1.1], dtype=torch.float64)
+@pytest.mark.parametrize("with_importance", [False, True])
+@pytest.mark.parametrize("variant", ["clip", "answer", "cispo"])
+def test_loss_and_gradient_equal_a_naive_padded_float64_one(
+    aggregation, with_old, with_ref, with_importance, variant
+):
+    lengths, T = [3, 7, 1, 5, 6, 7], 7
+    rows = len(lengths)
+    noise = lambda: torch.randn(rows, T, dtype=torch.float64)
+    logprobs = -torch.rand(rows, T, dtype=torch.float64) * 2
+    old = logprobs + 0.4 * noise() if with_old else None
+    ref = logprobs + 0.4 * noise() if with_ref else None
+    importance = noise().exp().clamp(max=2) if with_importance else None
+    advantages = torch.tensor([1.2, -0.7, 0.3, -1.1, 0.9, -0.4], dtype=torch.float64)
     real = torch.arange(T) < torch.tensor(lengths)[:, None]
-    weights = g.token_weights(torch.tensor(lengths), aggregation, 16)[:, None].expand(4, T)
+    here = real & (torch.rand(rows, T) < 0.8)  # some tokens are left out,
+    here[:, 0] = True
+    scale = (torch.rand(rows, T) < 0.8).double()  # others are there with weight 0
+    weights = g.token_weights(torch.tensor(lengths), aggregation, 16)[:, None].double() * scale
+    answers = torch.tensor([7, -3, 10**12, 0, 5, 2])[:, None].expand(rows, T)
 
     naive_input = logprobs.clone().requires_grad_()
-    expected = naive_loss(naive_input, lengths, advantages, old, ref, aggregation, 16, 0.2, 0.3, 0.05)
+    expected, low, high = naive_loss(naive_input, lengths, here, scale, advantages, old, ref, importance,
+                                     variant, aggregation, 16, 0.1, 0.15, 0.05)
     expected.backward()
-    ours_input = logprobs.clone().requires_grad_()
-    pick = lambda x: x[real] if x is not None else None
-    loss, stats = g.grpo_loss(
-        ours_input[real], advantages[:, None].expand(4, T)[real], weights[real].double(), pick(old),
-        pick(ref), 0.2, 0.3, 0.05
-    )
-    loss.backward()
-    torch.testing.assert_close(ours_input.grad, naive_input.grad, rtol=1e-6, atol=1e-12)
-    if with_old:  # without, the losses differ by a constant: A * log pi in the place of A * 1
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert ("clip_fraction" in stats, "kl" in stats) == (with_old, with_ref)
+    for parts in ([[0, 1, 2, 3, 4, 5]], [[0, 3], [1], [5, 2, 4]]):  # the whole batch, and micro-batches
+        ours_input = logprobs.clone().requires_grad_()
+        got, sums = 0, {}
+        for part in parts:
+            pick = lambda x, part=part: x[part][here[part]] if x is not None else None
+            loss, stats = g.grpo_loss(
+                pick(ours_input), pick(advantages[:, None].expand(rows, T)), pick(weights), pick(old),
+                pick(ref), 0.1, 0.15, 0.05, answers=pick(answers) if variant == "answer" else None,
+                surrogate="cispo" if variant == "cispo" else "clip", importance=pick(importance),
+            )
+            loss.backward()
+            got += loss.item()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0) + float(value) * int(here[part].sum()) / int(here.sum())
+        torch.testing.assert_close(ours_input.grad, naive_input.grad, rtol=1e-6, atol=1e-12)
+        assert ("clip_fraction" in sums, "kl" in sums) == (with_old, with_ref)
+        if with_old or variant == "cispo":  # else they differ by a constant: A * log pi in the place of A * 1
+            assert got == pytest.approx(expected.item(), rel=1e-6)
+        if with_old:
+            shares = [sums[name] for name in ("clip_low_fraction", "clip_high_fraction", "clip_fraction")]
+            assert shares == pytest.approx([low, high, low + high]) and shares[2] > 0
 
 
-def test_the_on_policy_shortcut_has_the_gradient_of_the_ratio():
+# Three tokens, the first two of one answer: A = 3, 3, -1, ratios pi/pi_old = 4, 1, 1/2, pi = 4/5, 1/2, 1/4.
+# Ratios are clipped to [4/5, 5/2] (clip_low 0.2, clip_high 1.5); every token weighs 1/3. A ratio's derivative
+# by its log-probability is the ratio.
+#
+#   clip    token 1: min(4 x 3, 5/2 x 3) = 15/2, clipped high, no gradient. Token 2: 3, gradient 1 x 3.
+#           Token 3: min(-1/2, -4/5) = -4/5, clipped low, no gradient.
+#           loss = -(15/2 + 3 - 4/5) / 3 = -97/30; gradient = -(0, 3, 0) / 3.
+#   answer  the first answer's ratio is sqrt(4 x 1) = 2, not clipped: 6 for each of its tokens. Each of the
+#           two log-probabilities is half of the mean that both terms depend on: gradient (6 + 6) / 2 = 6.
+#           Token 3 is an answer of its own: as above.
+#           loss = -(6 + 6 - 4/5) / 3 = -56/15; gradient = -(6, 6, 0) / 3.
+#   cispo   min(ratio, 5/2) x A = 15/2, 3, -1/2 are mere weights: loss = -(15/2 log(4/5) + 3 log(1/2)
+#           - 1/2 log(1/4)) / 3 = -(15/2 log(4/5) + 2 log(1/2)) / 3; gradient = -(15/2, 3, -1/2) / 3.
+#   answer with importance 2, 1/2, 1: terms 12, 3, -4/5, and the two tokens' gradient is (12 + 3) / 2 = 15/2.
+@pytest.mark.parametrize("chosen, loss, gradient, low, high, extremes", [
+    ({}, -97 / 30, (0, -1, 0), 1 / 3, 1 / 3, (0.5, 4)),
+    ({"answers": torch.tensor([8, 8, 3])}, -56 / 15, (-2, -2, 0), 1 / 3, 0, (0.5, 2)),
+    ({"surrogate": "cispo"}, -(7.5 * math.log(0.8) + 2 * math.log(0.5)) / 3, (-2.5, -1, 1 / 6), 0, 1 / 3,
+     (0.5, 4)),
+    ({"answers": torch.tensor([8, 8, 3]), "importance": torch.tensor([2, 0.5, 1])}, -71 / 15,
+     (-2.5, -2.5, 0), 1 / 3, 0, (0.5, 2)),
+])
+def test_three_tokens_come_out_as_by_hand(chosen, loss, gradient, low, high, extremes):
+    logprobs = torch.tensor([0.8, 0.5, 0.25], dtype=torch.float64).log().requires_grad_()
+    old = torch.tensor([0.2, 0.5, 0.5], dtype=torch.float64).log()
+    got, stats = g.grpo_loss(logprobs, torch.tensor([3.0, 3.0, -1.0]), torch.full((3,), 1 / 3).double(), old,
+                             clip_low=0.2, clip_high=1.5, **chosen)
+    got.backward()
+    assert got.item() == pytest.approx(loss, rel=1e-6)
+    assert logprobs.grad.tolist() == pytest.approx(gradient, rel=1e-6)
+    assert {name: float(value) for name, value in stats.items()} == pytest.approx({
+        "clip_fraction": low + high, "clip_low_fraction": low, "clip_high_fraction": high,
+        "ratio_min": extremes[0], "ratio_max": extremes[1]})
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+@pytest.mark.parametrize("answers", [None, torch.arange(50) % 7])
+def test_the_on_policy_shortcut_has_the_gradient_of_the_ratio(surrogate, answers):
     logprobs = (-torch.rand(50)).requires_grad_()
     advantages, weights = torch.randn(50), torch.rand(50)
-    short = torch.autograd.grad(g.grpo_loss(logprobs, advantages, weights)[0], logprobs)[0]
-    ratio = torch.autograd.grad(g.grpo_loss(logprobs, advantages, weights, logprobs.detach())[0], logprobs)[0]
-    torch.testing.assert_close(short, ratio)
+
+    def gradient(old):
+        loss, _ = g.grpo_loss(logprobs, advantages, weights, old, answers=answers, surrogate=surrogate,
+                              importance=1 + advantages)
+        return torch.autograd.grad(loss, logprobs)[0]
+
+    torch.testing.assert_close(gradient(None), gradient(logprobs.detach()))
 
 
 def test_clip_fraction_counts_the_tokens_whose_gradient_is_cut():
@@ -288,11 +384,130 @@ def test_sampled_frequencies_are_the_models_probabilities():
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # four standard deviations above its mean
 
 
-def test_a_token_of_probability_zero_is_never_drawn():
-    p = torch.rand(50, 40) * (torch.rand(50, 40) < 0.3)
-    p[:, 7] = 0.1
-    for _ in range(200):
-        assert (p.gather(1, g.draw(p)[:, None]) > 0).all()
+def in_float64(logits, temperature):
+    """(log-probabilities, their running sums' upper ends) of rows of logits, all in float64."""
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    return logprobs, logprobs.exp().cumsum(-1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), vocab=st.one_of(st.integers(2, 1500), st.integers(2, 300_000)),
+       temperature=st.sampled_from([0, 0.3, 1.0, 1.7]), spread=st.sampled_from([0.0, 1.0, 4.0, 30.0]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), hidden=st.sampled_from([0.0, 0.5, 0.99]))
+def test_a_token_is_where_the_running_sum_in_float64_passes_its_number(
+    data, vocab, temperature, spread, dtype, hidden
+):
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    rows = data.draw(st.integers(1, 12 if vocab < 100_000 else 3))
+    logits = torch.randn(rows, vocab, generator=random) * spread
+    logits += data.draw(st.sampled_from([0.0, -90.0, 300.0]))
+    impossible = torch.rand(rows, vocab, generator=random) < hidden
+    impossible[:, data.draw(st.integers(0, vocab - 1))] = False
+    logits = logits.masked_fill(impossible, -math.inf).to(dtype)
+    uniform = torch.rand(rows, dtype=torch.float64, generator=random)
+    uniform[0] = data.draw(st.sampled_from([0.0, 1 - 2**-53, 0.5]))
+    before = logits.clone()
+    tokens, logprobs, entropies = g.choose_tokens(logits, temperature, uniform if temperature else None)
+    assert torch.equal(logits, before)
+    assert (logprobs.dtype, entropies.dtype, tokens.dtype) == (torch.float32, torch.float32, torch.long)
+
+    expected, above = in_float64(logits, temperature or 1.0)
+    picked = expected.gather(1, tokens[:, None])[:, 0]
+    if temperature:  # the number lies in the token's share, up to float32's rounding of the shares
+        upper = above.gather(1, tokens[:, None])[:, 0]
+        assert (uniform <= upper + 2e-6).all() and (uniform >= upper - picked.exp() - 2e-6).all()
+        clear = ((above - uniform[:, None]).abs() > 2e-6).all(1)
+        searched = torch.searchsorted(above, uniform[:, None], right=True)[:, 0]
+        assert torch.equal(tokens[clear], searched[clear])
+    else:
+        assert torch.equal(tokens, logits.argmax(-1))
+    assert picked.isfinite().all()  # never a token of probability zero
+    torch.testing.assert_close(logprobs.double(), picked, rtol=2e-6, atol=2e-6)
+    entropy = torch.special.entr(expected.exp()).sum(-1)
+    torch.testing.assert_close(entropies.double(), entropy, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("vocab", [3, 320, 5000])
+def test_a_token_of_probability_zero_is_never_drawn(vocab):
+    rows = 400
+    logits = torch.randn(rows, vocab).masked_fill(torch.rand(rows, vocab) < 0.7, -math.inf)
+    logits[:, vocab // 2] = 0.1
+    logits[:10] = -math.inf
+    logits[:10, vocab // 2] = -5.0  # the only one
+    for number in (0.0, 0.3, 1 - 2**-53):
+        uniform = torch.full((rows,), number, dtype=torch.float64)
+        tokens, logprobs, entropies = g.choose_tokens(logits, 0.7, uniform)
+        assert logprobs.isfinite().all() and entropies.isfinite().all()
+        assert logits.gather(1, tokens[:, None]).isfinite().all()
+        assert (tokens[:10] == vocab // 2).all()
+        assert (logprobs[:10] == 0).all() and (entropies[:10] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [300, 5000])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_near_certain_tokens_keep_their_precision(vocab, temperature):
+    logits = torch.full((3, vocab), -25.0)
+    logits[:, 200] = torch.tensor([0.0, 3.0, 6.0])
+    _, logprobs, entropies = g.choose_tokens(logits, temperature, torch.full((3,), 0.5, dtype=torch.float64))
+    expected, _ = in_float64(logits, 1.0)
+    assert expected[2, 200] > -1e-9
+    torch.testing.assert_close(logprobs.double(), expected[:, 200], rtol=1e-4, atol=0)
+    entropy = torch.special.entr(expected.exp()).sum(-1)
+    torch.testing.assert_close(entropies.double(), entropy, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [3, 320, 5000])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_are_not_numbers_give_a_token_whose_logprob_tells(vocab, temperature):
+    logits = torch.randn(4, vocab)
+    logits[0] = math.nan
+    logits[1, 2], logits[2, 1] = math.nan, math.inf
+    tokens, logprobs, entropies = g.choose_tokens(logits, temperature, torch.rand(4, dtype=torch.float64))
+    assert ((0 <= tokens) & (tokens < vocab)).all()
+    assert logprobs.isnan().tolist() == [True, True, True, False]
+    assert entropies.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [64, 320, 5000])
+def test_where_logits_lie_and_which_rows_go_together_change_no_bit(vocab, monkeypatch):
+    logits, uniform = torch.randn(40, vocab) * 3, torch.rand(40, dtype=torch.float64)
+    expected = g.choose_tokens(logits, 0.7, uniform)
+    for offset in (1, 2, 3, 5, 8):
+        moved = torch.empty(logits.numel() + offset)[offset:].view_as(logits).copy_(logits)
+        wide = torch.empty(40, 3, vocab + offset)[:, 1, offset:].copy_(logits)
+        for elsewhere in (moved, wide):
+            assert all(map(torch.equal, g.choose_tokens(elsewhere, 0.7, uniform), expected))
+    for at_once in (1, 7 * vocab, 16 * vocab):
+        monkeypatch.setitem(g.LOGITS_AT_ONCE, "cpu", at_once)
+        assert all(map(torch.equal, g.choose_tokens(logits, 0.7, uniform), expected))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_depend_neither_on_max_rows_nor_on_who_finishes_when(seed, monkeypatch):
+    """Each answer's tokens are where its own numbers fall in a teacher-forced pass's running sums."""
+    model, group_size, temperature, stops = tiny_model("qwen2"), 2, 1.3, [3, 4, 5, 6, 7, 8, 20, 30]
+    uniform = torch.rand(
+        len(PROMPTS) * group_size, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    monkeypatch.setitem(g.CHECK_EVERY, "cpu", 1 + seed % 3)
+    ids = {}
+    for max_rows in (None, 1, 2, 4, 5):
+        options = {"group_size": group_size, "max_new_tokens": 12, "temperature": temperature,
+                   "eos_token_id": stops, "pad_token_id": 0, "max_rows": max_rows}
+        got = g.sample(model, PROMPTS, uniform=uniform, **options)
+        ids[max_rows] = [c.ids for c in got]
+        drawn = g.sample(model, PROMPTS, generator=torch.Generator().manual_seed(seed), **options)
+        assert [c.ids for c in drawn] == ids[max_rows]  # a generator gives the same numbers
+    assert all(answers == ids[None] for answers in ids.values())
+    assert len({len(answer) for answer in ids[None]}) > 3
+
+    for i, answer in enumerate(ids[None]):
+        prompt = PROMPTS[i // group_size]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        _, above = in_float64(logits, temperature)
+        searched = torch.searchsorted(above, uniform[i, : len(answer), None], right=True)[:, 0]
+        assert answer == searched.tolist()
+        assert not set(answer[:-1]) & set(stops) and (len(answer) == 12 or answer[-1] in stops)
 
 
 def test_a_seed_repeats_the_samples():
@@ -411,15 +626,20 @@ def test_the_updates_gradient_is_that_of_plain_autograd_through_the_models_own_l
         )
 
 
-# What each system does with a batch, from its code or paper: divisor of the variance (n - this) and eps,
-# truncated answers left out, temperature of sampling and loss, updates, clipping, KL coefficient, average,
-# share of tokens by entropy, largest gradient norm.
+# What each system does with a batch, from its code or paper: divisor of the variance (n - this; "batch": of
+# all rewards; None: no deviation) and eps, truncated answers left out, temperature of sampling and loss,
+# updates, clipping (low, high, and of which ratio), KL coefficient, average, share of tokens by entropy,
+# largest gradient norm.
 SYSTEMS = {
     "improved": (0, 1e-6, True, 0.5, 0.5, 1, None, 0.01, "token", 0.2, 1.0),
     "nano-aha": (0, 1e-4, False, 1.0, 1.0, 1, None, 0.001, "token", 1.0, 1.0),
     "grpo-zero": (0, 1e-4, False, 1.0, 1.0, 1, None, 0.0, "token", 1.0, 1.0),
-    "simple-grpo": (1, 1e-4, False, 0.9, 1.0, 1, (0.2, 0.2), 0.04, "sequence", 1.0, None),
-    "lm-book": (1, 1e-4, False, 1.0, 1.0, 3, (0.1, 0.1), 0.04, "sequence", 1.0, 0.1),
+    "simple-grpo": (1, 1e-4, False, 0.9, 1.0, 1, (0.2, 0.2, "token"), 0.04, "sequence", 1.0, None),
+    "lm-book": (1, 1e-4, False, 1.0, 1.0, 3, (0.1, 0.1, "token"), 0.04, "sequence", 1.0, 0.1),
+    "dapo": (0, 1e-6, False, 1.0, 1.0, 2, (0.2, 0.28, "token"), 0.0, "token", 1.0, 1.0),
+    "dr-grpo": (None, 1e-6, False, 1.0, 1.0, 1, None, 0.0, "constant", 1.0, 1.0),
+    "gspo": (0, 1e-6, False, 1.0, 1.0, 2, (3e-4, 4e-4, "answer"), 0.0, "sequence", 1.0, 1.0),
+    "cispo": ("batch", 1e-6, False, 1.0, 1.0, 2, (math.inf, 4.0, "weight"), 0.0, "token", 1.0, 1.0),
 }
 
 
@@ -427,7 +647,8 @@ SYSTEMS = {
 def test_each_recipes_gradients_are_its_systems(recipe):
     """From rewards to clipped gradients, against autograd in float64 through the model's own logits."""
     ddof, eps, skip, sampling_t, loss_t, updates, clip, beta, average, share, max_norm = SYSTEMS[recipe]
-    policy, config = a_policy(), g.make_config(recipe, max_new_tokens=11)
+    policy = a_policy()
+    config = g.make_config(recipe, max_new_tokens=11, overlong_buffer=0)  # the rewards here are given
     reference = a_reference(policy, config) if beta else None
     with torch.no_grad():
         for p in policy.model.parameters():
@@ -445,8 +666,13 @@ def test_each_recipes_gradients_are_its_systems(recipe):
     advantages = {}
     for e in episodes:
         group = np.array([other.reward for other in episodes if other.group == e.group])
-        deviation = group.std(ddof=ddof) if len(group) > ddof else 0.0
-        advantages[id(e)] = (e.reward - group.mean()) / (deviation + eps)
+        if ddof is None:
+            scale = 1.0
+        elif ddof == "batch":
+            scale = np.std([other.reward for other in episodes]) + eps
+        else:
+            scale = (group.std(ddof=ddof) if len(group) > ddof else 0.0) + eps
+        advantages[id(e)] = (e.reward - group.mean()) / scale
     entropies = np.concatenate([e.completion.entropies for e in episodes]).astype(np.float32)
     threshold = np.quantile(entropies, 1 - share, method="higher")
     total = sum(len(e.completion.ids) for e in episodes)
@@ -463,18 +689,26 @@ def test_each_recipes_gradients_are_its_systems(recipe):
                 ref = [logprobs_of(e) for e in episodes]
 
     def expected_gradients():
-        loss = 0
+        loss, ratios = 0, []
         for i, e in enumerate(episodes):
             a, lp = advantages[id(e)], logprobs_of(e)
-            ratio = torch.exp(lp - (old[i] if updates > 1 else lp.detach()))
-            term = ratio * a
-            if clip:
-                term = torch.minimum(term, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
+            counts = torch.tensor(np.float32(e.completion.entropies) >= threshold)
+            low, high, clipped = clip or (math.inf, math.inf, "token")
+            log_ratio = lp - (old[i] if updates > 1 else lp.detach())
+            if clipped == "answer":
+                log_ratio = log_ratio[counts].mean().expand(len(lp))
+            ratio = torch.exp(log_ratio)
+            ratios += ratio.tolist()
+            if clipped == "weight":
+                term = ratio.detach().clamp(max=1 + high) * a * lp
+            else:
+                term = torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
             if beta:
                 term = term - beta * (torch.exp(ref[i] - lp) - (ref[i] - lp) - 1)
-            counts = torch.tensor(np.float32(e.completion.entropies) >= threshold)
-            loss = loss - (term * counts).sum() / (
-                total if average == "token" else len(e.completion.ids) * len(episodes))
+            divisor = {"token": total, "sequence": len(e.completion.ids) * len(episodes),
+                       "constant": 11 * len(episodes)}[average]
+            loss = loss - (term * counts).sum() / divisor
+        extremes.append((min(ratios), max(ratios)))
         gradients = torch.autograd.grad(loss, list(policy.model.parameters()))
         norm = math.sqrt(sum(float((x.double() ** 2).sum()) for x in gradients))
         scale = min(1.0, max_norm / norm) if max_norm else 1.0
@@ -488,14 +722,15 @@ def test_each_recipes_gradients_are_its_systems(recipe):
             expected.append(expected_gradients())
             with torch.no_grad():
                 for p in self.model.parameters():
-                    p.mul_(1.01)
+                    p.mul_(nudge)
 
     found = g.group_advantages(torch.tensor([e.reward for e in episodes]).double(),
                                torch.tensor([e.group for e in episodes]),
                                config.advantage_std, config.advantage_eps)
     for e, advantage in zip(episodes, found.tolist()):
         e.advantage = advantage
-    expected, optimizer = [], NudgingStep(policy.model)
+    nudge = {"cispo": 1.2, "dapo": 1.05}.get(recipe, 1.01)  # so that some ratios are clipped, not all
+    expected, extremes, optimizer = [], [], NudgingStep(policy.model)
     sequences = g.train_sequences(episodes, config)
     metrics = g.update(policy, reference, optimizer, sequences, config, limits(40))
     assert len(optimizer.gradients) == updates
@@ -504,7 +739,11 @@ def test_each_recipes_gradients_are_its_systems(recipe):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     if updates > 1:  # each update's own figures, and the first one's ratios are all 1
         clipped = [record["clip_fraction"] for record in metrics["updates"]]
-        assert clipped[0] == 0 < clipped[-1] and metrics["clip_fraction"] == pytest.approx(np.mean(clipped))
+        assert clipped[0] == 0 < clipped[-1] < 1
+        assert metrics["clip_fraction"] == pytest.approx(np.mean(clipped))
+        for record, (smallest, largest) in zip(metrics["updates"], extremes):
+            assert record["ratio_min"] == pytest.approx(smallest, rel=1e-3)
+            assert record["ratio_max"] == pytest.approx(largest, rel=1e-3)
 
 
 @pytest.mark.parametrize("updates, beta, passes", [(1, 0.0, 1), (1, 0.1, 2), (3, 0.0, 3), (3, 0.1, 4)])
@@ -587,8 +826,10 @@ def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsy
     limited = limits(max_rows=12)
     prompts = [{"prompt_ids": [40, 41, 42]}, {"prompt_ids": [50] * 9}, {"prompt_ids": [60, 61]}]
     sampler = partial(g.sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
-    roll = lambda: g.rollout(sampler, g.scorer({"countdown_format": 1.0}, limited), policy.tokenizer, prompts,
-                             limited, group_size=4, max_new_tokens=5, temperature=0.0)
+    run = SimpleNamespace(policy=policy, sampler=sampler, score=g.scorer({"countdown_format": 1.0}, limited),
+                          limits=limited, config=update_config(max_new_tokens=5))
+    roll = lambda: g.rollout(run, prompts, group_size=4, temperature=1.0,
+                             generator=torch.Generator().manual_seed(0))
     episodes = roll()
     assert limited.max_rows == 3 and capsys.readouterr().err.count("out of memory") == 2
     limited.max_rows = 12

@@ -27,7 +27,8 @@ import grpo_scratch as g
 SCRIPT = Path(g.__file__)
 METRICS = {
     "step", "reward", "accuracy", "completion_length", "truncated_fraction", "groups_without_spread",
-    "entropy", "loss", "kl", "clip_fraction", "grad_norm", "bad_updates", "updates",
+    "entropy", "loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min",
+    "ratio_max", "grad_norm", "bad_updates", "updates", "groups_drawn", "groups_kept",
     "learning_rate", "skipped", "sampling_tokens_per_second", "update_tokens_per_second", "seconds",
     "peak_memory_bytes",
 }
@@ -136,8 +137,10 @@ def test_a_seed_repeats_a_cpu_run_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("recipe", [name for name in g.RECIPES if name != "tiny"])
 def test_every_recipes_algorithm_runs_on_the_embedded_model(tmp_path, recipe):
+    buffer = 4 if recipe == "dapo" else 0  # its own is longer than these answers
     config = quick(tmp_path, recipe=recipe, model="embedded", task="mini-countdown", prompt_format=None,
-                   skip_truncated=False, reward=["countdown_format", "countdown_equation"])
+                   skip_truncated=False, overlong_buffer=buffer,
+                   reward=["countdown_format", "countdown_equation"])
     g.train(config)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert all(m["skipped"] is None or "nothing to learn" in m["skipped"] for m in metrics)
@@ -267,11 +270,13 @@ def test_a_run_never_overwrites_another(tmp_path):
 @pytest.mark.parametrize("settings", [
     {"lr_schedule": "linear"},
     {"beta": 0.1, "reference_every": 3, "updates_per_batch": 2, "clip_low": 0.1, "dtype": "bfloat16"},
+    {"top_entropy": 0.2, "skip_truncated": False, "temperature": 0.7, "warmup_steps": 4},
 ])
 def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings):
     """The killed run is a copy of the uninterrupted one's folder as it was between steps 3 and 4."""
     whole = quick(
-        tmp_path, "whole", steps=5, save_every=2, cold_start_steps=4, learning_rate=1e-3, **settings
+        tmp_path, "whole", steps=5, save_every=2, cold_start_steps=4, learning_rate=1e-3, prompts_per_step=8,
+        **settings
     )
     g.train(whole)
     killed = tmp_path / "killed"
@@ -652,12 +657,23 @@ def test_the_recipes_are_listed_with_the_designs_settings(monkeypatch, capsys):
         "lm-book": (4, 16, 500, 1.0, 1.0, "sample", 1e-4, False,
                     3, 0.1, 0.1, 0.04, 500, "sequence", 1.0, 5e-6, 0.1),
     }
+    usual, no_kl = (32, 8, 1024, 1.0, None), (0.0, 0)
+    design |= {
+        "dapo": (*usual, "population", 1e-6, False, 2, 0.2, 0.28, *no_kl, "token", 1.0, 1e-6, 1.0),
+        "dr-grpo": (*usual, "none", 1e-6, False, 1, 0.2, 0.2, *no_kl, "constant", 1.0, 1e-6, 1.0),
+        "gspo": (*usual, "population", 1e-6, False, 2, 3e-4, 4e-4, *no_kl, "sequence", 1.0, 1e-6, 1.0),
+        "cispo": (*usual, "batch", 1e-6, False, 2, 0.2, 4.0, *no_kl, "token", 1.0, 1e-6, 1.0),
+    }
+    own = {"dapo": ("token", "clip", 3, 256), "gspo": ("answer", "clip", 0, 0),
+           "cispo": ("token", "cispo", 0, 0)}
     for name, row in design.items():
         c = g.make_config(name)
         assert row == (
             c.prompts_per_step, c.group_size, c.max_new_tokens, c.temperature, c.loss_temperature,
             c.advantage_std, c.advantage_eps, c.skip_truncated, c.updates_per_batch, c.clip_low, c.clip_high,
             c.beta, c.reference_every, c.aggregation, c.top_entropy, c.learning_rate, c.max_grad_norm), name
+        assert own.get(name, ("token", "clip", 0, 0)) == (
+            c.ratio, c.surrogate, c.refill_rounds, c.overlong_buffer), name
 
 
 @pytest.mark.parametrize("budget, code, told", [("12", 0, "budget"), ("1", 2, "error: at the least the update takes")])
