@@ -1,25 +1,28 @@
 """What makes training every weight of a language model fit a small GPU, without giving up exactness.
 
 Log-probabilities that never hold the logits, 8-bit AdamW on exact float32 masters, gradients summed in
-float32, checkpointing of as many layers as needed, a reference policy that rests in host memory, and a plan
-that says beforehand what a run will take. Copy what you need: this file imports nothing of the project.
-Left out on purpose: several GPUs, LoRA, quantized weights, models whose logits are not hidden @ weight.T.
+float32, recomputation of as many layers as needed, a reference policy that rests in host memory, the
+optimizer shared out over several GPUs, and a plan that says beforehand what a run will take. Copy what you
+need: this file imports nothing of the project. Left out on purpose: LoRA, quantized or sharded weights, models
+whose logits are not hidden @ weight.T.
 """
 
 import ctypes
 import logging
 import math
 import os
+import pickle
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -33,8 +36,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
 
-HEAD_WORKSPACE = 256 * 2**20  # bytes of logits that token_logprobs holds at a time
+# A bf16 matrix product on CUDA may add up partial sums in bf16. In the head's gradient a sum runs over the
+# vocabulary, 151,936 numbers for Qwen2.5: they are added in float32.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a time: 256 rows of Qwen2.5's
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
+TRADED_BYTES = 2**24  # of weights that are on their way between the policy and the reference at a time
 
 
 # ---- The head: log-probabilities without the logits --------------------------------------------------------
@@ -97,7 +105,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total[V, H] (float32) += left[n, V].T @ right[n, H], in slices: no second V x H exists."""
+    """total[V, H] (float32) += left[n, V].T @ right[n, H], and no second V x H exists."""
+    if not total.is_cpu:  # cuBLAS takes bf16 factors and adds their product to float32 where it lies
+        to_float32 = {} if left.dtype == total.dtype else {"out_dtype": total.dtype}
+        torch.addmm(total, left.T, right, out=total, **to_float32)
+        return
     step = max(1, 2**24 // right.shape[1])
     for i in range(0, len(total), step):
         total[i : i + step] += left[:, i : i + step].T @ right
@@ -127,7 +139,9 @@ def token_logprobs(
     if into_weight_grad and not weight.is_leaf:
         raise ValueError("token_logprobs: into_weight_grad needs a Parameter, a computed weight has no .grad")
     # At most two float32 numbers, or one and its half-precision copy, exist for a logit at any time.
-    rows = chunk_size or max(1, HEAD_WORKSPACE // (8 * len(weight)))
+    rows = HEAD_WORKSPACE // (8 * len(weight))
+    # In whole 128s, the tiles of a GPU's matrix products; a vocabulary above 307,200 has fewer rows.
+    rows = chunk_size or rows // 128 * 128 or max(1, rows)
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, rows, into_weight_grad)
 
 
@@ -142,6 +156,112 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
     """
     for p in params:
         p.grad_dtype = torch.float32
+
+
+# ---- Host memory -------------------------------------------------------------------------------------------
+
+
+def host_pools(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Where tensors of so many bytes lie in host memory: (bytes of each pool, (pool, offset) of each tensor).
+
+    torch's pinned allocator rounds up to powers of two: one by one, Qwen2.5-0.5B's weights would take 1.86 GB
+    instead of 0.99. So pools are powers of two, and each is filled as far as it goes, large tensors first.
+    """
+    pools, places = [], [(0, 0)] * len(sizes)
+    rounded = [-(-size // 64) * 64 for size in sizes]  # so that any dtype may follow
+    left = sorted(range(len(sizes)), key=lambda i: -rounded[i])
+    while left:
+        largest, total = rounded[left[0]], sum(rounded[i] for i in left)
+        pool, used, later = 2 ** max(total.bit_length() - 1, (largest - 1).bit_length(), 16), 0, []
+        for i in left:
+            if used + rounded[i] <= pool:
+                places[i] = len(pools), used
+                used += rounded[i]
+            else:
+                later.append(i)
+        pools.append(pool)
+        left = later
+    return pools, places
+
+
+def host_tensors_like(tensors: list[Tensor], pinned: bool) -> list[Tensor]:
+    """Zeros of the same shapes and dtypes in host memory, in host_pools; pinned: for fast copies by CUDA."""
+    made = [x.new_empty(0, device="cpu") for x in tensors]
+    for dtype in {x.dtype for x in tensors}:  # in pools of its own: torch.save takes one dtype a storage
+        mine = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        sizes, places = host_pools([tensors[i].nbytes for i in mine])
+        pools = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned).view(dtype) for size in sizes]
+        for i, (pool, start) in zip(mine, places):
+            made[i] = pools[pool][start // dtype.itemsize :][: tensors[i].numel()].view(tensors[i].shape)
+    return made
+
+
+# ---- Several ranks -----------------------------------------------------------------------------------------
+#
+# `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU; the run calls
+# dist.init_process_group("cpu:gloo,cuda:nccl"). Every rank has the whole model. What is sampled is put together
+# (gather), what is learned is shared out (share), and AdamW8bit sums the gradients; all ranks make these calls
+# in the same order. A process that was started alone is rank 0 of 1: each of them gives back what it was given.
+
+
+def my_rank() -> tuple[int, int]:
+    """(the rank of this process, how many ranks there are)"""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def gather(attempt: Callable[[], list]) -> list:
+    """The lists that attempt() makes on all ranks, put together in the order of the ranks; the same on each.
+
+    When it raises on a rank, no other waits for ever: those that have no error of their own raise the same,
+    of its class, or a RuntimeError where that can't be pickled.
+    """
+    ranks = my_rank()[1]
+    if ranks == 1:
+        return attempt()
+    everyone = [None] * ranks
+    try:
+        made = attempt()
+    except Exception as error:
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+        with suppress(Exception):  # some can be pickled, but not made again from it
+            sent = pickle.loads(pickle.dumps(error))
+        dist.all_gather_object(everyone, ([], sent))
+        raise
+    dist.all_gather_object(everyone, (made, None))
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return [x for part, _ in everyone for x in part]
+
+
+def my_slice(count: int) -> slice:
+    """This rank's part of `count` equal things, such as prompts: [0:2] and [2:5] of 5 for two ranks. The
+    ranks' parts follow one another and may be empty."""
+    rank, ranks = my_rank()
+    return slice(count * rank // ranks, count * (rank + 1) // ranks)
+
+
+def share(items: list, sizes: list[int]) -> list:
+    """This rank's part of items of sizes[i] >= 1 tokens: all ranks' are as large as they can be made by
+    cutting the list in as many pieces, to within one item. A piece, as neighbours share their prompt, which
+    is then computed once; it may be empty."""
+    rank, ranks = my_rank()
+    mine, before, total = [], 0, sum(sizes)
+    for item, size in zip(items, sizes):
+        if (2 * before + size) * ranks // (2 * total) == rank:  # whose part its middle falls into
+            mine.append(item)
+        before += size
+    return mine
+
+
+def owners(sizes: list[int], ranks: int) -> list[int]:
+    """The rank that owns each parameter of these sizes: largest first, to the one that owns least so far."""
+    owned, owner = [0] * ranks, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owner[i] = owned.index(min(owned))
+        owned[owner[i]] += sizes[i]
+    return owner
 
 
 # ---- The optimizer: 8-bit moments, exact master weights ----------------------------------------------------
@@ -177,8 +297,14 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     float32 parameters have no remainder. Gradients are float32 or of the parameter's dtype.
 
     offload=True keeps remainder and moments (4 bytes a bf16 parameter) in host memory, pinned for CUDA; one
-    parameter's visit at a time. (torch rounds a pinned tensor up to a power of two of bytes.)
+    parameter's visit at a time.
+
+    Among several ranks each parameter has an owner (Rajbhandari et al., ZeRO, arXiv 1910.02054, stage 1): its
+    state is there only, sum_gradients() brings its gradient there, and step() updates it there and hands the
+    new weights to the others.
     """
+
+    PARTS = ("state1", "state2", "remainder", "absmax1", "absmax2")  # the tensors that change
 
     def __init__(
         self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -190,27 +316,40 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"AdamW8bit: parameters must be bfloat16 or float32, not {p.dtype}")
             p.data = p.data.contiguous()
+        self.rank, self.ranks = my_rank()
+        params = self._params()
+        self.owner = dict(zip(params, owners([p.numel() for p in params], self.ranks)))
 
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _rest(self, state: dict, p: nn.Parameter) -> dict:
-        """The state of p with its tensors copied to where they rest between steps."""
-        device, pinned = ("cpu", p.is_cuda) if self.offload else (p.device, False)
-        return {
-            k: torch.empty_like(x, device=device, pin_memory=pinned).copy_(x) if isinstance(x, Tensor) else x
-            for k, x in state.items()
-        }
+    def make_state(self) -> None:
+        """Make every parameter's state now, unless it is there; or else the first step does it. Before the
+        first rollout the GPU's memory is in one piece, later the state would go into holes."""
+        if self.state:
+            return
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, p in enumerate(group["params"]):
+                if self.owner[p] != self.rank:
+                    continue
+                self.init_state(group, p, gindex, pindex)
+                if self.offload:  # what starts at zero, until all sizes are known
+                    shapes = {k: x.to("meta") for k, x in self.state[p].items() if k in self.PARTS}
+                    self.state[p].update(shapes)
+        if self.offload:
+            moved = [(state, k) for state in self.state.values() for k in self.PARTS if k in state]
+            pinned = self._params()[0].is_cuda
+            for (state, k), x in zip(moved, host_tensors_like([state[k] for state, k in moved], pinned)):
+                state[k] = x
 
     def to_gpu(self) -> None:
-        """Nothing: the library's version, which runs before the first step, would undo the offload."""
+        """The library calls it before the first step; its own version would undo the offload."""
+        self.make_state()
 
     def init_state(self, group, p, gindex, pindex):
         super().init_state(group, p, gindex, pindex)
         if p.dtype == torch.bfloat16:
             self.state[p]["remainder"] = torch.zeros_like(p, dtype=torch.int16)
-        if self.offload:
-            self.state[p] = self._rest(self.state[p], p)
 
     @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
@@ -244,31 +383,101 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             for key in part:
                 resting[key].copy_(state[key], non_blocking=True)
 
+    @torch.no_grad()
+    def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
+        """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
+
+        For one rank it is torch's clip_grad_norm_. Otherwise each sum, in the gradients' dtype, ends up at the
+        parameter's owner, and all other gradients are dropped on the way: never are there two copies. A rank
+        may lack gradients, that of an empty share all of them; they count as zeros.
+        """
+        params = self._params()
+        if self.ranks == 1:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm)
+        somewhere = torch.tensor([p.grad is not None for p in params], dtype=torch.int32).to(params[0].device)
+        dist.all_reduce(somewhere, dist.ReduceOp.MAX)
+        params = [p for p, found in zip(params, somewhere.tolist()) if found]
+        norms = torch.zeros(len(params), device=somewhere.device)
+        for i, p in enumerate(params):
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad.contiguous()
+            for part in p.grad.view(-1).split(OPTIMIZER_SLICE):  # gloo takes as much again as it is given
+                dist.reduce(part, self.owner[p])
+            if self.owner[p] == self.rank:
+                norms[i] = torch.nn.utils.get_total_norm([p.grad])
+            else:
+                p.grad = None
+        # Not the owners' norms but the parameters': equal gradients have one norm however they are owned.
+        dist.all_reduce(norms)
+        norm = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the parameters that have a gradient. Among several ranks sum_gradients() goes before: each
+        steps its own parameters, and all leave with the same weights."""
+        if any(p.grad is not None and self.owner[p] != self.rank for p in self._params()):
+            raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
+        loss = super().step(closure)
+        if self.ranks > 1:
+            for p in self._params():
+                dist.broadcast(p.data, self.owner[p])
+        return loss
+
     def state_dict(self) -> dict:
-        """As torch's optimizers give it: tensors, numbers, lists; torch.load(weights_only=True) reads it."""
-        return torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
+        """As torch's optimizers give it: tensors, numbers, lists; torch.load(weights_only=True) reads it.
+
+        Among several ranks all must call it, in a group that also takes tensors of the host, such as
+        "cpu:gloo,cuda:nccl". Rank 0 gets the one whole state, what came from other ranks in host memory; the
+        others get what they own.
+        """
+        saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
+        if self.ranks > 1:
+            states = (self._at_rank_0(p) for p in self._params())
+            saved["state"] = {i: state for i, state in enumerate(states) if state}
+        return saved
+
+    def _at_rank_0(self, p: nn.Parameter) -> dict:
+        """The state of p, which its owner sends to rank 0; a tensor at a time, as pickling takes it thrice."""
+        state, owner = self.state.get(p, {}), self.owner[p]
+        if owner == 0 or self.rank not in (0, owner):
+            return state
+        layout = [{k: x.to("meta") if isinstance(x, Tensor) else x for k, x in state.items()}]
+        if self.rank == owner:
+            dist.send_object_list(layout, 0)
+        else:
+            dist.recv_object_list(layout, owner)
+            state = {k: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x
+                     for k, x in layout[0].items()}
+        for x in state.values():
+            if isinstance(x, Tensor):
+                dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what state_dict() gave, bit for bit, onto a list of parameters like the one saved.
 
-        Each tensor keeps its dtype (torch and the library cast to the parameter's: 8-bit moments to bf16).
-        Raises ValueError when the state is of other parameters.
+        It is copied into the state's own tensors, so each keeps its dtype and its place (torch and the
+        library cast to the parameter's dtype: 8-bit moments to bf16). It may be the state of any number of
+        ranks: each keeps what it owns here. Raises ValueError when the state is of other parameters.
         """
         groups, params = state_dict["param_groups"], self._params()
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(f"AdamW8bit: saved were {len(saved)} parameters, the model has {len(params)}")
+        self.make_state()
+        shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
         for i, (p, state) in enumerate(zip(params, saved)):
-            half = p.dtype == torch.bfloat16
-            if state and (state["state1"].shape, "remainder" in state) != (p.shape, half):
+            if any(saved) and self.owner[p] == self.rank and shapes(state) != shapes(self.state[p]):
                 was = f"the saved state is not of a {p.dtype} parameter of shape {list(p.shape)}"
                 raise ValueError(f"AdamW8bit: parameter {i}: {was}; load the model and dtype that were saved")
-            if state and state["state1"].dtype == torch.uint8 and "qmap1" not in state:
-                raise ValueError(f"AdamW8bit: parameter {i}: the state lacks the code of its 8 bits, qmap1")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
-        self.state.clear()
-        self.state.update({p: self._rest(state, p) for p, state in zip(params, saved) if state})
+        if not any(saved):  # by an optimizer without a step
+            self.state.clear()
+        for p, state in zip(params, saved):
+            for k, x in state.items() if self.owner[p] == self.rank else ():
+                self.state[p][k] = self.state[p][k].copy_(x) if isinstance(x, Tensor) else x
 
 
 # ---- Activations -------------------------------------------------------------------------------------------
@@ -323,16 +532,32 @@ def micro_batches(lengths: list[int], token_budget: int, groups: list | None = N
 # ---- Packing: every token once -----------------------------------------------------------------------------
 
 
+# Options of transformers' layers that change nothing where one token a row attends to what its mask allows.
+USUAL_OPTIONS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position",
+                 "use_cache"}
+
+
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
     """transformers' SDPA attention, and for packed_hidden_states the same over packed tokens.
 
-    Then query, key and value are [1, heads, T, size], and `attention_mask` is places[1, 1, E, L]: which token
-    stands where in E ordinary rows. Each token is copied to its places, a prompt's to all of its answers, and
-    its output is taken from one of them, slots[T] in the flattened rows.
+    While decoding, with one query token a row, the query heads that share a key head are made its queries:
+    older transformers (before pack_gqa) copy keys and values for each query head instead.
+
+    Of packed tokens, query, key and value are [1, heads, T, size], `attention_mask` is places[1, 1, E, L]:
+    which token stands where in E ordinary rows. Each token is copied to its places, a prompt's to all of its
+    answers, and its output is taken from one of them, slots[T] in the flattened rows.
     """
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
-        return attend(module, query, key, value, attention_mask, **options)
+        (rows, heads, tokens, size), shared = query.shape, key.shape[1]
+        plain = options.keys() <= USUAL_OPTIONS and not options.get("dropout")
+        one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+        if not (tokens == 1 and shared < heads and plain and one_mask):
+            return attend(module, query, key, value, attention_mask, **options)
+        query = query.reshape(rows, shared, heads // shared, size)
+        scale = options.get("scaling")
+        output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scale)
+        return output.reshape(rows, 1, heads, value.shape[-1]), None
 
     def in_rows(x: Tensor) -> Tensor:
         heads, size = x.shape[1], x.shape[3]
@@ -426,7 +651,9 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         hidden, places = packed_hidden_states(backbone, [prompt] * 2, completions)
         packed = [hidden[place[: len(row)]] for place, row in zip(places, alone)]
         same = all((x - y).float().norm() < 0.05 * y.float().norm() for x, y in zip(packed, alone))
-    except (RuntimeError, TypeError, ValueError):  # from attention that doesn't know these arguments
+    except (RuntimeError, TypeError, ValueError) as error:  # from attention that doesn't know these arguments
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "CUDA" in str(error):
+            raise
         same = False
     if not same:
         raise ValueError(
@@ -441,7 +668,7 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
 
 class ReferencePolicy:
     """A copy of a model's weights that takes no GPU memory: it rests in host memory, pinned for CUDA, and
-    trades places with the policy's weights, one parameter at a time, while it scores.
+    trades places with the policy's weights, piece by piece, while it scores.
 
         reference = ReferencePolicy(model)
         with reference.swapped_in():
@@ -452,23 +679,28 @@ class ReferencePolicy:
     """
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
-        self.model, self.logprobs = model, logprobs
-        self.swapped = False
-        # named_parameters() gives a tied weight once, so it is held and traded once
-        self.weights = {name: self._on_host(p) for name, p in model.named_parameters()}
+        self.model, self.logprobs, self.swapped = model, logprobs, False
+        weights = dict(model.named_parameters())  # gives a tied weight once, so it is held and traded once
+        for p in weights.values():
+            p.data = p.data.contiguous()
+        passage = torch.empty(TRADED_BYTES, dtype=torch.uint8, device="meta")
+        pinned = next(iter(weights.values())).is_cuda
+        self.passage, *resting = host_tensors_like([passage, *weights.values()], pinned)
+        self.weights = dict(zip(weights, resting))
+        self.refresh()
 
     def __call__(self, sequences: list) -> list[Tensor]:
         with self.swapped_in():
             return self.logprobs(sequences)
 
-    @staticmethod
-    def _on_host(p: nn.Parameter) -> Tensor:
-        return torch.empty_like(p.data, device="cpu", pin_memory=p.is_cuda).copy_(p.data)
-
     def _trade(self, name: str, p: nn.Parameter) -> None:
-        leaving = self._on_host(p)  # out first, then in: coming back can't fail for want of GPU memory
-        p.data.copy_(self.weights[name], non_blocking=True)
-        self.weights[name] = leaving
+        pieces = TRADED_BYTES // p.element_size()
+        # Copies into memory that is there already: coming back can't fail for want of any.
+        for mine, resting in zip(p.data.view(-1).split(pieces), self.weights[name].view(-1).split(pieces)):
+            leaving = self.passage[: mine.nbytes].view(mine.dtype)
+            leaving.copy_(mine)
+            mine.copy_(resting)  # not non_blocking: its source is overwritten next
+            resting.copy_(leaving)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -575,7 +807,8 @@ class MemoryPlan:
 
     @property
     def rollout_peak_bytes(self) -> int:
-        return sum(self.held.values()) + sum(self.rollout.values())
+        kv_cache, sampler, reward_model = [*self.rollout.values(), 0][:3]
+        return sum(self.held.values()) + max(kv_cache + sampler, reward_model)
 
     @property
     def update_peak_bytes(self) -> int:
@@ -604,12 +837,15 @@ def plan(
     model_config: PreTrainedConfig, *, prompt_tokens: int, max_new_tokens: int, prompts: int, group_size: int,
     dtype: torch.dtype, memory_budget_bytes: int, offload_optimizer: bool = False, reference: bool = False,
     top_entropy: float = 1.0, micro_batch_tokens: int | None = None, recomputed_layers: int | None = None,
-    max_rows: int | None = None, training: bool = True, trust_remote_code: bool = False,
+    max_rows: int | None = None, training: bool = True, ranks: int = 1, reward_model_bytes: int = 0,
+    trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
     memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. Without
-    `training` only sampling is planned. micro_batch_tokens, recomputed_layers and max_rows are choices:
+    `training` only sampling is planned. With several `ranks`, it is for the one that owns most of the
+    optimizer's state, and prompts and budget are a rank's. A reward model's weights (reward_model_bytes) take
+    the sampler's place while it scores. micro_batch_tokens, recomputed_layers and max_rows are choices:
     those given are kept, the others made, with as many sampler rows as fit and the micro-batch and
     checkpointing of least work. It needs only the config, of a decoder built like Llama or Qwen, and assumes
     a loop that uses all of this file, token_logprobs with into_weight_grad.
@@ -621,6 +857,14 @@ def plan(
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
     wanted.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
+    owner = owners(sizes, ranks)
+    wanted.owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
+    in_pools = lambda *kinds: sum(sum(host_pools(bytes_of_each)[0]) for bytes_of_each in kinds)
+    wanted.host_reference = in_pools([dtype.itemsize * n for n in sizes], [TRADED_BYTES])
+    large, small = [n for n in wanted.owned if n >= 4096], [n for n in wanted.owned if n < 4096]
+    scales = [4 * math.ceil(n / 256) for n in large]
+    remainders = [2 * n for n in wanted.owned] if dtype == torch.bfloat16 else []
+    wanted.host_optimizer = in_pools(remainders, 2 * large, 2 * (scales + [4 * n for n in small]))
 
     best = _fastest(config, sizes, wanted)
     if best.fits:
@@ -632,6 +876,7 @@ def plan(
         "--offload-optimizer": {"offload_optimizer": True},
         f"a shorter --max-new-tokens, such as {shorter['max_new_tokens']}": shorter,
         "--offload-optimizer with a shorter --max-new-tokens": {"offload_optimizer": True, **shorter},
+        "a smaller --reward-model": {"reward_model_bytes": 0},
     }
     helps = [words for words, change in remedies.items()
              if _fastest(config, sizes, SimpleNamespace(**{**vars(wanted), **change})).fits]
@@ -680,8 +925,9 @@ def _bytes(
 
     # A byte each and a float32 a block of 256; the library keeps moments of small parameters in float32.
     state = {
-        "lower halves of the float32 masters": 2 * sum(sizes) if byte == 2 else 0,
-        "Adam moments, 8-bit": sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes),
+        "lower halves of the float32 masters": 2 * sum(wanted.owned) if byte == 2 else 0,
+        "Adam moments, 8-bit":
+            sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in wanted.owned),
     }
     offloaded = sum(state.values()) if wanted.offload_optimizer else 0
 
@@ -699,9 +945,6 @@ def _bytes(
     columns = episode + (wanted.max_new_tokens // 2 if waiting else 0)
     kv_token = 2 * keys * byte * layers
     kv_cache = rows * columns * kv_token
-    # One buffer is copied when rows leave. Older transformers (5.17) also repeats a layer's keys and values
-    # for each query head while it decodes.
-    copies = 1 if hasattr(sdpa_attention, "pack_gqa") else max(1, 2 * queries // keys)
     # Logits are turned into tokens in blocks of 2**20 on a CPU, 2**24 on a GPU, twice in float32 (three times
     # while half precision is cast); the sums over 128 tokens are in float64 too.
     choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
@@ -711,9 +954,9 @@ def _bytes(
         held={"weights": byte * sum(sizes)} | (state if wanted.training and not offloaded else {}),
         rollout={
             f"KV cache, {rows} rows": kv_cache,
-            "sampler: logits or prefill":
-                max(rows * vocab * byte + choosing + copies * kv_cache // (2 * layers), prefill),
-        },
+            "sampler: logits or prefill":  # one buffer is copied when rows leave
+                max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill),
+        } | ({"or instead: the reward model": wanted.reward_model_bytes} if wanted.reward_model_bytes else {}),
         update={
             "gradients, float32": 4 * sum(sizes),
             f"activations, {tokens} tokens, {recomputed} of {layers} layers again":
@@ -725,10 +968,10 @@ def _bytes(
             # dense, in the model's dtype and in float32
             "or instead: the embedding's gradient": vocab * wide * (byte + 4 if byte < 4 else 4),
             # the slice being updated; with offload, also one parameter's state on a visit
-            "or instead: the optimizer's step": offloaded * max(sizes) // sum(sizes) + 16 * OPTIMIZER_SLICE,
+            "or instead: the optimizer's step": offloaded * max(wanted.owned) // sum(wanted.owned) + 16 * OPTIMIZER_SLICE,
         } if wanted.training else {},
-        host={"reference policy": byte * sum(sizes) if wanted.reference else 0, "optimizer": offloaded}
-        if wanted.training else {},
+        host={"reference policy": wanted.host_reference if wanted.reference else 0,
+              "optimizer": wanted.host_optimizer if offloaded else 0} if wanted.training else {},
         limits=Limits(rows, tokens, recomputed, layers),
         parameters=sum(sizes),
         memory_budget_bytes=wanted.memory_budget_bytes,

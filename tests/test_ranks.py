@@ -1,0 +1,359 @@
+"""memory.py among several ranks: three and two processes on CPUs train what one process trains.
+
+torchrun starts this file as three workers, which join as three ranks and then, to save the imports, two of them
+as two ranks; what they did is read from their files.
+Gradients of `EXACT` are multiples of 2^-12, whose sums are exact in any order: there every bit must agree.
+"""
+
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import memory
+
+SHAPES = [(300, 40), (97, 64), (5000,), (70, 70), (50,), (33,), (10,)]
+STEPS, SAVED_AFTER, LR = 10, 6, 1e-3
+HYPER = {"lr": LR, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+EXACT, ROUGH, OFFLOADED, FLOAT32 = "exact", "rough", "offloaded", "float32"
+
+
+def start_weights(kind):
+    torch.manual_seed(1)
+    weights = [torch.randn(shape) * 0.02 for shape in SHAPES]
+    return weights if kind == FLOAT32 else [w.bfloat16() for w in weights]
+
+
+def lessons_of(kind, step):
+    """Gradients by parameter of each of a step's lessons, and the lessons' sizes. The last parameter is never
+    used, the one before it by the first lesson only; at step 3 one lesson is all there is."""
+    torch.manual_seed(100 + step)
+    lessons = []
+    for i in range(1 if step == 3 else 7):
+        used = len(SHAPES) - (1 if i == 0 else 2)
+        grads = [torch.randn(shape) if kind == ROUGH else torch.randint(-999, 1000, shape) * 2.0**-12
+                 for shape in SHAPES[:used]]
+        lessons.append(grads + [None] * (len(SHAPES) - used))
+    return lessons, torch.randint(1, 90, (len(lessons),)).tolist()
+
+
+def accumulate(params, lessons):
+    for grads in lessons:
+        for p, grad in zip(params, grads):
+            if grad is not None:
+                p.grad = grad.clone() if p.grad is None else p.grad + grad
+
+
+def parameters(weights):
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    memory.sum_gradients_in_fp32(params)
+    return params
+
+
+def train(optimizer, params, kind, steps, clip=1.0):
+    """One rank's part of these steps, as the loop does it; returns the gradients' norms."""
+    norms = []
+    for step in steps:
+        accumulate(params, memory.share(*lessons_of(kind, step)))
+        norms.append(optimizer.sum_gradients(clip).item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+def library(kind, steps):
+    """(float32 weights, gradients' norms) of the library's optimizer in one process, on the float32 masters."""
+    params = [torch.nn.Parameter(w.float()) for w in start_weights(kind)]
+    optimizer, norms = bitsandbytes.optim.AdamW8bit(params, **HYPER), []
+    for step in steps:
+        accumulate(params, lessons_of(kind, step)[0])
+        norms.append(torch.nn.utils.clip_grad_norm_(params, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return [p.data for p in params], norms
+
+
+def nbytes(state):
+    parts = ("remainder", "state1", "state2", "absmax1", "absmax2")
+    return sum(state[part].nbytes for part in parts if part in state)
+
+
+def held(optimizer, params):
+    """What a rank has; the whole state at rank 0."""
+    return {"weights": [p.data for p in params], "optimizer": optimizer.state_dict(),
+            "bytes": [nbytes(optimizer.state.get(p, {})) for p in params]}
+
+
+def masters(weights, saved):
+    """The float32 weights; `saved` is a state dict, which has their lower halves where there are any."""
+    lower = {i: state["remainder"] for i, state in saved["state"].items() if "remainder" in state}
+    return [memory.join_fp32(w, lower[i]) if i in lower else w.float() for i, w in enumerate(weights)]
+
+
+def same(x, y):
+    return x.dtype == y.dtype and x.shape == y.shape and bool((x.view(-1) == y.view(-1)).all())
+
+
+# --- what torchrun starts ----------------------------------------------------------------------------------
+
+
+class Awkward(Exception):
+    """Can be pickled, but not made again from its pickle."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what} because {why}")
+
+
+def gather_with(error):
+    """What a rank sees of a gather in which rank 1 raises this error."""
+
+    def attempt():
+        if memory.my_rank()[0] == 1:
+            raise error
+        return []
+
+    try:
+        return memory.gather(attempt)
+    except (ValueError, OSError, RuntimeError, Awkward) as seen:
+        return type(seen).__name__, str(seen)
+
+
+def work(folder: Path) -> None:
+    """What a rank does and writes down; two ranks also go on from where three have saved."""
+    rank, ranks = memory.my_rank()
+    memory.OPTIMIZER_SLICE = 2048  # several slices, the last one not full
+    done = {}
+    for kind in (EXACT, ROUGH, OFFLOADED, FLOAT32):
+        params = parameters(start_weights(kind))
+        optimizer = memory.AdamW8bit(params, **HYPER, offload=kind == OFFLOADED)
+        norms = train(optimizer, params, kind, range(SAVED_AFTER))
+        saved = {"weights": [p.data.clone() for p in params], "optimizer": optimizer.state_dict()}
+        if rank == 0:
+            torch.save(saved, folder / f"{ranks}-saved-{kind}.pt")
+        norms += train(optimizer, params, kind, range(SAVED_AFTER, STEPS))
+        done[kind] = {"norms": norms, **held(optimizer, params)}
+        if ranks == 2:
+            saved = torch.load(folder / f"3-saved-{kind}.pt", weights_only=True)
+            params = parameters(saved["weights"])
+            optimizer = memory.AdamW8bit(params, lr=1.0, offload=kind == OFFLOADED)
+            optimizer.load_state_dict(saved["optimizer"])
+            train(optimizer, params, kind, range(SAVED_AFTER, STEPS))
+            done[kind]["resumed"] = held(optimizer, params)
+
+    done["gathered"] = memory.gather(lambda: [(rank, i) for i in range(rank)])
+    done["errors"] = [gather_with(error) for error in (
+        memory.DoesNotFit("no room on rank 1"), Awkward("it rains", "of clouds"), OSError(28, "disk full"))]
+    done["went on"] = memory.gather(lambda: [rank])
+    accumulate(params, lessons_of(EXACT, 0)[0])
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        done["unsummed"] = str(error)
+    torch.save(done, folder / f"{ranks}-{rank}.pt")
+
+
+# --- the tests ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the workers wrote what they did."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", __file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(memory.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, check=False, capture_output=True, text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_ranks(folder):
+    """What each of two and each of three ranks wrote."""
+    return [[torch.load(folder / f"{ranks}-{rank}.pt", weights_only=True) for rank in range(ranks)]
+            for ranks in (2, 3)]
+
+
+@pytest.mark.parametrize("kind", [EXACT, ROUGH, OFFLOADED, FLOAT32])
+def test_all_ranks_have_the_same_weights(of_ranks, kind):
+    for done in of_ranks:
+        for other in done[1:]:
+            assert all(same(w, v) for w, v in zip(done[0][kind]["weights"], other[kind]["weights"]))
+            assert other[kind]["norms"] == done[0][kind]["norms"]
+
+
+@pytest.mark.parametrize("kind", [EXACT, OFFLOADED, FLOAT32])
+def test_ranks_train_what_one_process_trains_bit_for_bit(of_ranks, kind):
+    expected, norms = library(kind, range(STEPS))
+    for done in of_ranks:
+        first = done[0][kind]
+        assert first["norms"] == norms
+        assert all(map(same, masters(first["weights"], first["optimizer"]), expected))
+
+
+def test_gradients_that_round_differ_by_the_rounding_of_their_sums_only(of_ranks):
+    expected, norms = library(ROUGH, range(STEPS))
+    for done in of_ranks:
+        first = done[0][ROUGH]
+        assert first["norms"] == pytest.approx(norms, rel=1e-6)
+        off = torch.cat([(x - y).abs().view(-1)
+                         for x, y in zip(masters(first["weights"], first["optimizer"]), expected)])
+        # A last bit may move a moment into the next of its 256 steps; even so no step is turned around.
+        assert off.max() < 0.1 * LR
+        assert (off < 1e-3 * LR).float().mean() > 0.999
+
+
+def test_rank_0_has_the_state_of_one_process(of_ranks):
+    params = parameters(start_weights(EXACT))
+    optimizer = memory.AdamW8bit(params, **HYPER)
+    train(optimizer, params, EXACT, range(STEPS))
+    expected = optimizer.state_dict()
+    for done in of_ranks:
+        found = done[0][EXACT]["optimizer"]
+        assert found["param_groups"] == expected["param_groups"]
+        assert list(found["state"]) == list(expected["state"])
+        for i, state in expected["state"].items():
+            assert list(found["state"][i]) == list(state)
+            for key, x in state.items():
+                y = found["state"][i][key]
+                assert same(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+@pytest.mark.parametrize("kind", [EXACT, OFFLOADED, FLOAT32])
+def test_what_three_ranks_saved_one_and_two_go_on_with(folder, of_ranks, kind):
+    expected, _ = library(kind, range(STEPS))
+    saved = torch.load(folder / f"3-saved-{kind}.pt", weights_only=True)
+    params = parameters(saved["weights"])
+    optimizer = memory.AdamW8bit(params, lr=1.0)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(optimizer, params, kind, range(SAVED_AFTER, STEPS))
+    assert all(map(same, masters([p.data for p in params], optimizer.state_dict()), expected))
+
+    two = [done[kind]["resumed"] for done in of_ranks[0]]
+    assert all(map(same, masters(two[0]["weights"], two[0]["optimizer"]), expected))
+    assert all(map(same, two[0]["weights"], two[1]["weights"]))
+
+
+@pytest.mark.parametrize("kind", [EXACT, OFFLOADED, FLOAT32])
+def test_a_rank_holds_its_share_of_the_state_and_no_more(of_ranks, kind):
+    resumed = [{kind: rank[kind]["resumed"]} for rank in of_ranks[0]]
+    for done in (*of_ranks, resumed):
+        by_parameter = list(zip(*(rank[kind]["bytes"] for rank in done)))
+        assert all(sum(x > 0 for x in held) == 1 for held in by_parameter)  # one owner each
+        total, largest = sum(map(sum, by_parameter)), max(map(max, by_parameter))
+        assert all(sum(rank[kind]["bytes"]) <= total / len(done) + largest for rank in done)
+
+
+def test_lists_come_together_in_the_order_of_the_ranks(of_ranks):
+    two, three = of_ranks
+    assert [done["gathered"] for done in two] == [[(1, 0)]] * 2
+    assert [done["gathered"] for done in three] == [[(1, 0), (2, 0), (2, 1)]] * 3
+
+
+def test_an_error_on_one_rank_is_raised_on_all_of_them_and_they_can_go_on(of_ranks):
+    for done in of_ranks:
+        for i, rank in enumerate(done):
+            assert rank["errors"] == [
+                ("DoesNotFit", "no room on rank 1"),
+                ("Awkward", "it rains because of clouds") if i == 1
+                else ("RuntimeError", "Awkward: it rains because of clouds"),
+                ("OSError", "[Errno 28] disk full"),
+            ]
+            assert rank["went on"] == list(range(len(done)))
+
+
+def test_a_step_on_gradients_that_were_not_summed_is_refused(of_ranks):
+    assert all("sum_gradients" in rank["unsummed"] for done in of_ranks for rank in done)
+
+
+def each_rank(ranks, what):
+    """what() as each of so many ranks would see it."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = []
+        for rank in range(ranks):
+            patch.setattr(memory, "my_rank", lambda rank=rank: (rank, ranks))
+            made.append(what())
+        return made
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 2000), max_size=60), st.integers(1, 9))
+def test_shares_are_all_lessons_once_in_order_and_of_equal_size_to_within_one(sizes, ranks):
+    items = list(enumerate(sizes))
+    shares = each_rank(ranks, lambda: memory.share(items, sizes))
+    assert list(chain(*shares)) == items
+    for mine in shares:
+        assert abs(sum(size for _, size in mine) - sum(sizes) / ranks) <= max(sizes, default=0)
+
+
+@given(st.integers(0, 60), st.integers(1, 9))
+def test_slices_are_everything_once_in_order_and_differ_by_one_at_most(count, ranks):
+    parts = [list(range(count)[part]) for part in each_rank(ranks, lambda: memory.my_slice(count))]
+    assert list(chain(*parts)) == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=40), st.integers(1, 9))
+def test_owners_hold_equal_parts_to_within_the_largest_parameter(sizes, ranks):
+    owner = memory.owners(sizes, ranks)
+    held = [sum(n for n, o in zip(sizes, owner) if o == rank) for rank in range(ranks)]
+    assert sum(held) == sum(sizes)
+    assert max(held) - min(held) <= max(sizes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_plan_counts_the_state_of_the_rank_that_holds_most(ranks, offload):
+    config = Qwen2Config(vocab_size=500, hidden_size=64, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    model = Qwen2ForCausalLM(config).bfloat16()
+
+    def bytes_held():
+        optimizer = memory.AdamW8bit(model.parameters(), lr=0.0, offload=offload)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if optimizer.owner[p] == optimizer.rank else None
+        bitsandbytes.optim.AdamW8bit.step(optimizer)  # without the exchange among ranks
+        if offload:  # in pools, of which a tensor is a part
+            pools = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                     for state in optimizer.state.values() for k, x in state.items() if k in optimizer.PARTS}
+            return sum(pools.values())
+        return sum(map(nbytes, optimizer.state.values()))
+
+    planned = memory.plan(
+        config, prompt_tokens=20, max_new_tokens=20, prompts=4, group_size=4, dtype=torch.bfloat16,
+        memory_budget_bytes=10**12, offload_optimizer=offload, ranks=ranks,
+    )
+    state = planned.host["optimizer"] if offload else sum(planned.held.values()) - planned.held["weights"]
+    assert state == max(each_rank(ranks, bytes_held))
+
+
+def test_alone_nothing_is_shared_and_the_norm_is_torchs_own():
+    assert memory.gather(lambda: [1, 2]) == memory.share([1, 2], [5, 9]) == [1, 2]
+    params, plain = parameters(start_weights(ROUGH)), parameters(start_weights(ROUGH))
+    for ps in (params, plain):
+        accumulate(ps, lessons_of(ROUGH, 0)[0])
+    norm = memory.AdamW8bit(params, **HYPER).sum_gradients(0.3)
+    assert same(norm, torch.nn.utils.clip_grad_norm_(plain, 0.3))
+    assert all(same(p.grad, q.grad) for p, q in zip(params, plain) if q.grad is not None)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for ranks in (3, 2):
+        rank = int(os.environ["RANK"])
+        if rank < ranks:
+            how = {"init_method": f"file://{folder}/two", "rank": rank, "world_size": 2} if ranks == 2 else {}
+            dist.init_process_group("gloo", **how)
+            work(folder)
+            dist.destroy_process_group()
