@@ -509,6 +509,16 @@ def load_policy(
     return Policy(loaded.to(device), tokenizer, sorted(stops), pad)
 
 
+def reward_model_bytes(name: str | None, dtype: torch.dtype) -> int:
+    """What a reward model's weights will take; read from its config alone."""
+    if name is None:
+        return 0
+    config = from_pretrained(transformers.AutoConfig, name, f"--reward-model {name}")
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
 class RewardModel:
     """A sequence-classification model with one label; it scores answers and rests in host memory."""
 
@@ -569,8 +579,29 @@ def refuse_folder(folder: Path, new: bool) -> None:
         raise InputError(f"--output-dir {folder.parent}: {nearest} can't be written to; choose another")
 
 
+def first_rank() -> bool:
+    """Of the processes that torchrun started, the first one writes files and talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
+    """Make a run's folder, or go back in it to what a checkpoint of that step knows; returns its metrics."""
+    if not first_rank():
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    return go_back_to(folder, step)
+
+
+def write_json(path: Path, value: dict) -> None:
+    if first_rank():
+        path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def append_lines(path: Path, records: list[dict]) -> None:
     """Add JSON lines in one flushed write; on a full disk the file keeps whole lines, and the run goes on."""
+    if not first_rank():
+        return
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -595,6 +626,8 @@ def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None
 
     It appears whole or not at all: written beside, synced, renamed.
     """
+    if not first_rank():
+        return
     partial = folder.parent / ".partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
@@ -629,7 +662,7 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
     A failure (full disk, no permission) only warns: older checkpoints stay.
     """
     checkpoint = folder / f"checkpoint-{state['step']}"
-    if checkpoint.exists():
+    if checkpoint.exists() or not first_rank():
         return
     try:
         save_folder(policy, checkpoint, state)
@@ -660,8 +693,9 @@ def load_state(checkpoint: Path) -> dict:
                          ) from error
 
 
-def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path:
-    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if none."""
+def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
+    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if there is none,
+    but None for `latest` of a named run: it starts, and whoever restarts it needs no other command."""
     place = Path(resume)
     if resume == "latest":
         every = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
@@ -670,6 +704,8 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
         found = place
     else:
         found = next(reversed(checkpoints(place)), None)
+    if found is None and resume == "latest" and name:
+        return None
     if found is None:
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
@@ -745,8 +781,11 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
 # ---- What a person sees ------------------------------------------------------------------------------------
 
 
-def say(message: str = "", file=None) -> None:
-    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run."""
+def say(message: str = "", file=None, from_all: bool = False) -> None:
+    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run. Of several
+    ranks the first one talks, or all."""
+    if not (first_rank() or from_all):
+        return
     file = file or sys.stdout
     try:
         tqdm.write(message, file=file)

@@ -36,7 +36,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import data
@@ -285,7 +284,7 @@ class Episode:
 
 def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     """One step of GRPO, start to end: its line of metrics.jsonl, and its episodes."""
-    config, step, started = run.config, run.step + 1, time.monotonic()
+    config, step, started, waited = run.config, run.step + 1, time.monotonic(), memory.waited_seconds
 
     # Sample a group of answers to each prompt, and score them. In a refill (DAPO's dynamic sampling), groups
     # of fresh prompts take the places of those without spread, which nothing could be learned from.
@@ -326,13 +325,15 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     if run.reference and config.reference_every and step % config.reference_every == 0:
         run.reference.refresh()
 
-    run.step, run.drawn = step, drawn
+    run.limits.grow()
+    run.step, run.drawn, run.random_state = step, drawn, run.generator.get_state()
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
     return step_metrics(step, episodes, learned, skipped, rate) | {
         "groups_kept": len(groups_with_spread(kept)),
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
         "seconds": time.monotonic() - started,
+        "waited_seconds": memory.waited_seconds - waited,
         "peak_memory_bytes": memory.peak_memory(run.device),
     }, episodes
 
@@ -352,26 +353,36 @@ def rollout(
     run: "Run", examples: list[dict], *, group_size: int, temperature: float,
     generator: torch.Generator | None = None, limits: memory.Limits | None = None, first_group: int = 0,
 ) -> list[Episode]:
-    """Sample `group_size` answers to each example, as many at a time as the memory allows, and score them."""
-    config, limits = run.config, limits or run.limits
-    prompts, total = [example["prompt_ids"] for example in examples], len(examples) * group_size
-    # On the CPU and before any attempt, so that memory running out changes nothing in what is sampled.
-    uniform = None
+    """Sample `group_size` answers to each example, as many at a time as the memory allows, and score them.
+
+    Of several ranks, each does so with its share of the examples, and all get all episodes.
+    """
+    config, limits, mine = run.config, limits or run.limits, memory.my_slice(len(examples))
+    prompts, uniform = [example["prompt_ids"] for example in examples[mine]], None
     if temperature:
-        uniform = torch.rand(total, config.max_new_tokens, dtype=torch.float64, generator=generator)
-    completions = until_it_fits(
-        lambda: run.sampler(prompts, group_size=group_size, max_new_tokens=config.max_new_tokens,
-                            temperature=temperature, uniform=uniform, max_rows=limits.max_rows),
-        limits, "rollout",
-    )
-    groups = [i // group_size for i in range(total)]
-    # Without the EOS.
-    texts = run.policy.tokenizer.batch_decode([c.ids[:-1] if c.finished else c.ids for c in completions])
-    scores = run.score([examples[group] for group in groups], texts)
-    episodes = [
-        Episode(examples[group], first_group + group, prompts[group], completion, text, reward, parts)
-        for group, completion, text, (reward, parts) in zip(groups, completions, texts, scores)
-    ]
+        # The same on all ranks, on the CPU and before any attempt: running out of memory changes no sample.
+        uniform = torch.rand(len(examples) * group_size, config.max_new_tokens, dtype=torch.float64,
+                             generator=generator)[mine.start * group_size : mine.stop * group_size]
+
+    def attempt() -> list[Episode]:
+        if not prompts:
+            return []
+        completions = until_it_fits(
+            lambda: run.sampler(prompts, group_size=group_size, max_new_tokens=config.max_new_tokens,
+                                temperature=temperature, uniform=uniform, max_rows=limits.max_rows),
+            limits, "rollout",
+        )
+        groups = [mine.start + i // group_size for i in range(len(completions))]
+        # Without the EOS.
+        texts = run.policy.tokenizer.batch_decode([c.ids[:-1] if c.finished else c.ids for c in completions])
+        scores = run.score([examples[group] for group in groups], texts)
+        return [
+            Episode(examples[group], first_group + group, examples[group]["prompt_ids"], completion, text,
+                    reward, parts)
+            for group, completion, text, (reward, parts) in zip(groups, completions, texts, scores)
+        ]
+
+    episodes = memory.gather(attempt)
     for e in episodes if config.overlong_buffer else []:
         e.parts["overlong"] = overlong_penalty(
             len(e.completion.ids), config.max_new_tokens, config.overlong_buffer
@@ -801,6 +812,10 @@ def train_sequences(episodes: list[Episode], config: Config) -> list[TrainSequen
     ]
 
 
+class StepLost(memory.DoesNotFit):
+    """Memory ran out between two steps of a run: the weights are those of neither, and must not be saved."""
+
+
 # What `update` measures: means over its updates, and extremes.
 LEARNED = ("loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min", "ratio_max",
            "grad_norm")
@@ -815,20 +830,24 @@ def update(
     several of them `updates`, one record each.
 
     reference: sequences -> log-probabilities[m] of each. A loss or gradient that is not finite changes nothing.
+    Of several ranks, each computes its share of the sequences.
     """
+    tokens = sum(len(s.counted) for s in sequences)
+    sequences = memory.share(sequences, [len(s) for s in sequences])
     if reference is not None:
         for sequence, logprobs in zip(sequences, reference(sequences)):
             sequence.ref_logprobs = logprobs
     records = []
     for number in range(config.updates_per_batch):
         sums = until_it_fits(
-            partial(compute_gradients, policy, limits, sequences, config.loss_temperature or config.temperature,
-                    become_old=number == 0 and config.updates_per_batch > 1, ratio=config.ratio,
+            partial(compute_gradients, policy, limits, sequences, tokens,
+                    config.loss_temperature or config.temperature, become_old=number == 0 and config.updates_per_batch > 1, ratio=config.ratio,
                     surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
                     beta=config.beta),
-            limits, "update", longest=max(map(len, sequences)),
+            limits, "update", longest=max(map(len, sequences), default=0),
+            gives_up=StepLost if number else memory.DoesNotFit,
         )
-        records.append(optimizer_step(policy, optimizer, sums, config.max_grad_norm))
+        records.append(optimizer_step(optimizer, sums, config.max_grad_norm))
     metrics = {"updates": records if len(records) > 1 else None,
                "bad_updates": sum(None in record.values() for record in records)}
     for name in LEARNED:
@@ -845,13 +864,13 @@ def in_micro_batches(sequences: list[TrainSequence], limits: memory.Limits) -> l
 
 
 def compute_gradients(
-    policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], temperature: float, *,
-    become_old: bool = False, ratio: str = "token", **loss_options,
-) -> dict[str, Tensor]:
-    """The gradients of the whole batch's loss, micro-batch after micro-batch; its sum, and the means of its
-    statistics. With `become_old` these log-probabilities are the `old_logprobs` of the updates to come."""
+    policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], tokens: int, temperature: float,
+    *, become_old: bool = False, ratio: str = "token", **loss_options,
+) -> dict[str, float]:
+    """The gradients of these sequences' loss, micro-batch after micro-batch; its sum, and its statistics' part
+    in their means over the batch's `tokens` that count. With `become_old`, these log-probabilities are the
+    `old_logprobs` of the updates to come."""
     policy.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
-    tokens = sum(len(s.counted) for s in sequences)
     sums: dict[str, Tensor] = {}
     for batch in in_micro_batches(sequences, limits):
         logprobs, _ = sequence_logprobs(policy, batch, temperature, limits.recomputed_layers)
@@ -873,7 +892,7 @@ def compute_gradients(
         found = {k: x if k in EXTREMES else share * x for k, x in stats.items()} | {"loss": loss.detach()}
         for name, x in found.items():
             sums[name] = EXTREMES.get(name, operator.add)(sums[name], x) if name in sums else x
-    return sums
+    return {name: float(x) for name, x in sums.items()}
 
 
 @torch.no_grad()
@@ -889,7 +908,7 @@ def all_logprobs(
             found |= {id(s): part for s, part in zip(batch, parts)}
         return found
 
-    found = until_it_fits(attempt, limits, "update", longest=max(map(len, sequences)))
+    found = until_it_fits(attempt, limits, "update", longest=max(map(len, sequences), default=0))
     return [found[id(s)] for s in sequences]
 
 
@@ -976,16 +995,26 @@ def grpo_loss(
     return -(weights * objective).sum(), stats
 
 
-def optimizer_step(policy: Policy, optimizer, sums: dict[str, Tensor], max_grad_norm: float) -> dict:
+def optimizer_step(optimizer, sums: dict[str, float], max_grad_norm: float) -> dict:
     """One step on the clipped gradients, which are gone after it; none if a number is not finite.
 
-    Returns `sums` and the gradient's norm as numbers, None for those that are not finite."""
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    norm = clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    record = {name: float(x) for name, x in {**sums, "grad_norm": norm}.items()}
-    record = {name: x if math.isfinite(x) else None for name, x in record.items()}  # JSON has no NaN
-    if None not in record.values():
-        optimizer.step()
+    Returns `sums`, put together with those of other ranks, and the gradient's norm; None for what is not
+    finite. Raises StepLost when memory runs out, as a step half done can't be made again.
+    """
+    record: dict[str, float] = {}
+    for part in memory.gather(lambda: [sums]):
+        record |= {name: EXTREMES.get(name, operator.add)(record[name], x) if name in record else x
+                   for name, x in part.items()}
+    try:
+        record["grad_norm"] = float(optimizer.sum_gradients(max_grad_norm or math.inf))
+        record = {name: x if math.isfinite(x) else None for name, x in record.items()}  # JSON has no NaN
+        if None not in record.values():
+            optimizer.step()
+    except RuntimeError as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise StepLost("out of memory in the optimizer's step, which may be half done; go on from the last "
+                       "checkpoint with --offload-optimizer or a smaller --memory-budget-gib") from error
     optimizer.zero_grad(set_to_none=True)
     return record
 
@@ -1052,9 +1081,10 @@ def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: i
             for e, answer in zip(batch, answers)
         ]
         set_learning_rate(optimizer, rate * (1 - step / steps))
-        sums = until_it_fits(partial(compute_gradients, policy, limits, sequences, 1.0),
-                             limits, "update", longest=max(map(len, sequences)))
-        optimizer_step(policy, optimizer, sums, max_grad_norm=1.0)
+        mine = memory.share(sequences, [len(s) for s in sequences])
+        sums = until_it_fits(partial(compute_gradients, policy, limits, mine, sum(map(len, answers)), 1.0),
+                             limits, "update", longest=max(map(len, mine), default=0))
+        optimizer_step(optimizer, sums, max_grad_norm=1.0)
 
 
 def set_learning_rate(optimizer, rate: float) -> None:
@@ -1085,9 +1115,14 @@ class Run:
     step: int = 0
     bad_steps: int = 0  # in a row
     drawn: int = 0  # examples that the steps so far have used
+    random_state: Tensor | None = None  # of the generator, after them
     evaluations: list[dict] = field(default_factory=list)  # step, accuracy, pass@k
 
-    progress: ClassVar = ("before", "step", "bad_steps", "drawn", "evaluations")
+    progress: ClassVar = ("before", "step", "bad_steps", "drawn", "random_state", "evaluations")
+
+    @property
+    def is_new(self) -> bool:
+        return self.before is None
 
     def next_examples(self, drawn: int, count: int) -> list[dict]:
         """Those that follow the first `drawn` ones: pass after pass over all, each in a new order."""
@@ -1107,7 +1142,6 @@ class Run:
             "config": dataclasses.asdict(self.config), "limits": dataclasses.asdict(self.limits),
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
-            "sampling_random": self.generator.get_state(), "torch_random": torch.get_rng_state(),
             "examples": len(self.examples), **{name: getattr(self, name) for name in self.progress},
         }
 
@@ -1115,10 +1149,12 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference:
             self.reference.load_state_dict(state["reference"])
-        self.generator.set_state(state["sampling_random"])
-        torch.set_rng_state(state["torch_random"])
         for name in self.progress:
             setattr(self, name, state[name])
+        self.generator.set_state(self.random_state)
+        names = ("max_rows", "micro_batch_tokens", "recomputed_layers")
+        if all(state["limits"][name] == getattr(self.limits, name) for name in names):
+            vars(self.limits).update(state["limits"])  # they go on growing back
 
 
 def open_run(config: Config) -> Run | None:
@@ -1129,16 +1165,27 @@ def open_run(config: Config) -> Run | None:
     """
     check_config(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    memory.join_ranks(device)
+    if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
+        raise InputError("the ranks were given different settings; start all with the same command line")
+    ranks = memory.my_rank()[1]
+    if ranks > config.prompts_per_step:
+        raise InputError(f"--prompts-per-step {config.prompts_per_step}: {ranks} ranks need at least as many")
     automatic = "bfloat16" if device == "cuda" else "float32"
     dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
     checkpoint = data.find_checkpoint(config.resume, config.output_dir, config.name) if config.resume else None
     folder = Path(config.output_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = checkpoint.parent if checkpoint else folder
+    folder = checkpoint.parent if checkpoint else Path(memory.gather(lambda: [str(folder)])[0])
     if not (config.eval_only or config.plan_only):
-        data.refuse_folder(folder, new=checkpoint is None)
+        data.refuse_folder(folder, new=not config.resume)
     torch.manual_seed(config.seed)
     if device == "cpu":
         memory.keep_freed_memory()
+    else:
+        try:
+            memory.prepare_cuda(dtype)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     weights = rewards.parse_rewards(config.reward)
     examples, heldout = data.load_task(
@@ -1161,6 +1208,8 @@ def open_run(config: Config) -> Run | None:
     if config.plan_only:
         return None
 
+    if device == "cuda":  # what is beyond the plan is left to cuBLAS and kernels that are loaded late
+        memory.cap_cuda(plan.memory_budget_bytes)
     policy = open_policy(model, tokenizer, dtype=dtype, device=device, seed=config.seed,
                          trust_remote_code=trusted)
     reward_model = config.reward_model and data.RewardModel(
@@ -1177,6 +1226,7 @@ def open_run(config: Config) -> Run | None:
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
         torch.Generator().manual_seed(config.seed),
     )
+    run.random_state = run.generator.get_state()
     if state:
         try:
             run.load_state_dict(state)
@@ -1192,12 +1242,14 @@ def open_run(config: Config) -> Run | None:
 
 def make_plan(config: Config, model_config, device: str, dtype, prompt_tokens: int, state) -> memory.MemoryPlan:
     """The memory plan; a resumed run keeps its limits where they fit, as others would draw and round otherwise."""
-    given = config.memory_budget_gib
+    given, ranks = config.memory_budget_gib, memory.my_rank()[1]
+    budget = int(given * 2**30) if given else memory.detect_budget_bytes(device)
     planned = partial(
         memory.plan, model_config, prompt_tokens=prompt_tokens, max_new_tokens=config.max_new_tokens,
-        dtype=dtype, prompts=config.prompts_per_step, group_size=config.group_size,
-        reference=config.beta > 0, offload_optimizer=config.offload_optimizer,
-        memory_budget_bytes=int(given * 2**30) if given else memory.detect_budget_bytes(device),
+        dtype=dtype, prompts=math.ceil(config.prompts_per_step / ranks), group_size=config.group_size,
+        reference=config.beta > 0, offload_optimizer=config.offload_optimizer, ranks=ranks,
+        memory_budget_bytes=min(memory.gather(lambda: [budget])),
+        reward_model_bytes=data.reward_model_bytes(config.reward_model, dtype),
         top_entropy=config.top_entropy, training=not config.eval_only,
         trust_remote_code=config.trust_remote_code,
     )
@@ -1232,7 +1284,7 @@ def new_optimizer(policy: Policy, config: Config, lr: float, weight_decay: float
 def stop_requests(run: Run) -> Iterator[list[int]]:
     """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once.
 
-    The steps so far are saved before an error in a reward or of memory ends the run.
+    The steps so far are saved before an error in a reward or of memory ends the run, on all ranks.
     """
     signals: list[int] = []
 
@@ -1245,8 +1297,10 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except (rewards.RewardError, memory.DoesNotFit):
-        run.save()
+    except (rewards.RewardError, memory.DoesNotFit) as error:
+        together = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
+        if together and not isinstance(error, StepLost):
+            run.save()
         raise
     finally:
         for number, handler in previous.items():
@@ -1275,7 +1329,7 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
     if stopped_by is None:
         data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
         after = evaluate(run)
-    if metrics:
+    if metrics:  # of the first rank
         data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
     summary = {
         "recipe": run.config.recipe, "accuracy_before": run.before["accuracy"],
@@ -1283,7 +1337,7 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
         "peak_memory_bytes": memory.peak_memory(run.device), "pass_at_k_before": run.before["pass_at_k"],
         "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
     }
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    data.write_json(run.folder / "summary.json", summary)
     if stopped_by is None:
         say(data.side_by_side(run.before["shown"], after["shown"]))
         say(data.report(summary, run.config.eval_samples, run.folder))
@@ -1303,18 +1357,18 @@ def train(config: Config) -> dict:
     run = open_run(config)
     if run is None:
         return {"recipe": config.recipe}
-    if not config.resume:
+    if run.is_new:
         start(run)
         if config.eval_only:
             return {"recipe": config.recipe, **{k: run.before[k] for k in ("accuracy", "pass_at_k")}}
-        run.folder.mkdir(parents=True)  # the first thing on disk: a run that can't start leaves nothing
-    metrics = data.go_back_to(run.folder, run.step)
-    (run.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    run.optimizer.make_state()  # while the memory is in one piece
+    # The first things on disk: a run that can't start leaves nothing.
+    metrics = data.open_folder(run.folder, dataclasses.asdict(config), run.step)
 
     warned: set[str] = set()
     stopped_by: int | str | None = None
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
-               disable=not sys.stderr.isatty())
+               disable=not sys.stderr.isatty() or memory.my_rank()[0] > 0)
     with stop_requests(run) as signals:
         for step in bar:
             record, episodes = grpo_step(run)
@@ -1327,8 +1381,8 @@ def train(config: Config) -> dict:
                 say(f"step {step}: held-out accuracy {evaluate(run)['accuracy']:.3f}")
             if run.bad_steps >= config.max_bad_steps:
                 stopped_by = "bad steps"
-            elif signals:
-                stopped_by = signals[0]
+            elif asked := memory.gather(lambda: list(signals)):  # of any rank
+                stopped_by = asked[0]
             save_due = config.save_every and step % config.save_every == 0 and not run.bad_steps
             if save_due or stopped_by is not None:
                 run.save()
@@ -1360,8 +1414,8 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     arguments = sys.argv[1:] if arguments is None else arguments
     early = parser.parse_known_args([x for x in arguments if x not in ("-h", "--help")])[0]
     saved = None
-    if early.resume:
-        checkpoint = data.find_checkpoint(early.resume, early.output_dir, early.name)
+    checkpoint = data.find_checkpoint(early.resume, early.output_dir, early.name) if early.resume else None
+    if checkpoint:
         # Leave to run code is not taken over. What an older checkpoint doesn't know counts as its default.
         known = dataclasses.asdict(Config()) | data.load_state(checkpoint)["config"]
         saved = {f.name: known[f.name] for f in dataclasses.fields(Config)} | {"trust_remote_code": False}
@@ -1421,7 +1475,7 @@ def main() -> None:
             return
         stopped_by = train(config).get("stopped_by")
     except (InputError, rewards.RewardError, memory.DoesNotFit, OSError) as error:
-        say(f"error: {error}", sys.stderr)
+        say(f"error: {error}", sys.stderr, from_all=not hasattr(error, "on_all_ranks"))
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step, where there is nothing to save yet
         sys.exit(130)

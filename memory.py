@@ -14,9 +14,11 @@ import os
 import pickle
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
@@ -39,6 +41,8 @@ import bitsandbytes
 # A bf16 matrix product on CUDA may add up partial sums in bf16. In the head's gradient a sum runs over the
 # vocabulary, 151,936 numbers for Qwen2.5: they are added in float32.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+# On Hopper cuDNN's attention comes first, and plans anew for every shape: each decoding step has one.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a time: 256 rows of Qwen2.5's
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
@@ -204,6 +208,15 @@ def host_tensors_like(tensors: list[Tensor], pinned: bool) -> list[Tensor]:
 # in the same order. A process that was started alone is rank 0 of 1: each of them gives back what it was given.
 
 
+def join_ranks(device: str) -> None:
+    """Where torchrun has started this process, give it its GPU and make it one of the ranks."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Some rank may sample for an hour while the others wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=6))
+
+
 def my_rank() -> tuple[int, int]:
     """(the rank of this process, how many ranks there are)"""
     together = dist.is_available() and dist.is_initialized()
@@ -214,8 +227,9 @@ def gather(attempt: Callable[[], list]) -> list:
     """The lists that attempt() makes on all ranks, put together in the order of the ranks; the same on each.
 
     When it raises on a rank, no other waits for ever: those that have no error of their own raise the same,
-    of its class, or a RuntimeError where that can't be pickled.
+    of its class, or a RuntimeError where that can't be pickled; its attribute `on_all_ranks` is true.
     """
+    global waited_seconds
     ranks = my_rank()[1]
     if ranks == 1:
         return attempt()
@@ -227,12 +241,19 @@ def gather(attempt: Callable[[], list]) -> list:
         with suppress(Exception):  # some can be pickled, but not made again from it
             sent = pickle.loads(pickle.dumps(error))
         dist.all_gather_object(everyone, ([], sent))
+        error.on_all_ranks = True
         raise
+    started = time.monotonic()
     dist.all_gather_object(everyone, (made, None))
+    waited_seconds += time.monotonic() - started
     for _, error in everyone:
         if error is not None:
+            error.on_all_ranks = True
             raise error
     return [x for part, _ in everyone for x in part]
+
+
+waited_seconds = 0.0  # in `gather`, for other ranks
 
 
 def my_slice(count: int) -> slice:
@@ -756,34 +777,58 @@ class Limits:
     recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
     layers: int
     reward_rows: int = 16  # answers scored together by a reward model
+    planned: dict[str, int] = field(default_factory=dict)  # what was made smaller, as it was before
+    quiet_steps: int = 0  # since then
 
     def shrink(self, phase: Literal["rollout", "reward model", "update"], longest: int) -> str | None:
         """Make `phase` smaller, whose longest sequence has so many tokens; what it is now, None at the least."""
-        if phase == "rollout" and self.max_rows > 1:
-            self.max_rows //= 2
-            return f"{self.max_rows} rows at a time"
-        if phase == "reward model" and self.reward_rows > 1:
-            self.reward_rows //= 2
-            return f"{self.reward_rows} answers at a time in the reward model"
-        if phase == "update" and self.micro_batch_tokens > longest:
-            self.micro_batch_tokens = max(self.micro_batch_tokens // 2, longest)
-            return f"micro-batches of {self.micro_batch_tokens} tokens"
-        if phase == "update" and self.recomputed_layers < self.layers:
-            self.recomputed_layers = self.layers
-            return "every layer computed again in the backward pass"
-        return None
+        now = {"max_rows": self.max_rows, "reward_rows": self.reward_rows,
+               "micro_batch_tokens": self.micro_batch_tokens, "recomputed_layers": self.recomputed_layers}
+        name, value, told = {
+            "rollout": ("max_rows", max(self.max_rows // 2, 1), "{} rows at a time"),
+            "reward model": ("reward_rows", max(self.reward_rows // 2, 1), "{} answers scored at a time"),
+            "update": ("micro_batch_tokens", max(self.micro_batch_tokens // 2, longest),
+                       "micro-batches of {} tokens"),
+        }[phase]
+        if phase == "update" and self.micro_batch_tokens <= longest:
+            name, value, told = "recomputed_layers", self.layers, "{} layers computed again in backward"
+        if value == now[name]:
+            return None
+        self.planned.setdefault(name, now[name])
+        self.quiet_steps = 0
+        setattr(self, name, value)
+        return told.format(value)
+
+    def grow(self) -> None:
+        """Called after each step: after 20 quiet ones, what was made smaller doubles, up to what was planned."""
+        self.quiet_steps += 1
+        if self.quiet_steps % 20 == 0:
+            for name, planned in self.planned.items():
+                now = getattr(self, name)
+                setattr(self, name, min(2 * now, planned) if now < planned else planned)
 
 
-def until_it_fits(attempt: Callable, limits: Limits, phase: str, longest: int = 0, tell: Callable = print):
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: torch says so itself, the libraries below it only in words."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in words)
+
+
+def until_it_fits(
+    attempt: Callable, limits: Limits, phase: str, longest: int = 0, tell: Callable = print,
+    gives_up: type[DoesNotFit] = DoesNotFit,
+):
     """attempt()'s result. When the GPU's memory runs out, the limits are made smaller, `tell` is told how, and
-    the attempt is made again from its start. Raises DoesNotFit when they are at the least."""
+    the attempt is made again from its start. At the least it raises `gives_up`."""
     while True:
         try:
             return attempt()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             smaller = limits.shrink(phase, longest)
             if smaller is None:
-                raise DoesNotFit(
+                raise gives_up(
                     f"out of memory in the {phase} with the least that can be done at a time; try a shorter "
                     "--max-new-tokens, --offload-optimizer or a smaller --model"
                 ) from error
@@ -988,6 +1033,26 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, largest_allowed)
 
 
+def prepare_cuda(dtype: torch.dtype) -> None:
+    """Called before CUDA starts. Raises ValueError when the GPU can't compute in this dtype as needed here."""
+    # Rollout and update take turns: segments that grow leave no holes that fit neither.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_available():  # a plan for a card that isn't there
+        return
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        raise ValueError(f"{torch.cuda.get_device_name()} can't compute in bfloat16, which needs Ampere or newer; "
+                         "use --dtype float32, with torch 2.15 or newer")
+    if dtype == torch.float32 and torch.__version__ < "2.15":
+        raise ValueError("--dtype float32: with CUDA, this torch's attention would hold a score for each pair of "
+                         "tokens; use bfloat16, or torch 2.15 or newer")
+
+
+def cap_cuda(budget_bytes: int) -> None:
+    """Have torch's allocator fail, not the libraries beside it, when more than the budget is asked for."""
+    total = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total))
+
+
 def detect_budget_bytes(device: torch.device | str) -> int:
     """Bytes that tensors may take on a device. With CUDA what is free or ours already, less 5% for the
     allocator's fragments (the context is in place by then); on a CPU what is free, less 20% for others.
@@ -1001,7 +1066,7 @@ def detect_budget_bytes(device: torch.device | str) -> int:
             available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return int(0.8 * available)
+    return int(0.8 * available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share it
 
 
 def peak_memory(device: str) -> int:

@@ -558,6 +558,9 @@ class RecordedStep:
     def step(self):
         self.gradients.append([p.grad.clone() for p in self.model.parameters()])
 
+    def sum_gradients(self, max_norm):
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
     def zero_grad(self, set_to_none):
         for p in self.model.parameters():
             p.grad = None

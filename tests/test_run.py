@@ -29,7 +29,7 @@ METRICS = {
     "step", "reward", "accuracy", "completion_length", "truncated_fraction", "groups_without_spread",
     "entropy", "loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min",
     "ratio_max", "grad_norm", "bad_updates", "updates", "groups_drawn", "groups_kept",
-    "learning_rate", "skipped", "sampling_tokens_per_second", "update_tokens_per_second", "seconds",
+    "learning_rate", "skipped", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "seconds",
     "peak_memory_bytes",
 }
 
@@ -126,7 +126,7 @@ def test_a_seed_repeats_a_cpu_run_bit_for_bit(tmp_path):
         g.train(quick(tmp_path, name, cold_start_steps=3, beta=0.1, updates_per_batch=2))
     a, b = (weights_of(tmp_path / name / "final") for name in "ab")
     assert all((a[k] == b[k]).all() for k in a)
-    drop = {"seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
+    drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
     a, b = (
         [{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / name / "metrics.jsonl")]
         for name in "ab"
@@ -275,7 +275,8 @@ def test_a_run_never_overwrites_another(tmp_path):
 def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings):
     """The killed run is a copy of the uninterrupted one's folder as it was between steps 3 and 4."""
     whole = quick(
-        tmp_path, "whole", steps=5, save_every=2, cold_start_steps=4, learning_rate=1e-3, prompts_per_step=8,
+        tmp_path, "whole", steps=5, save_every=2, cold_start_steps=25, cold_start_lr=3e-3, learning_rate=1e-3,
+        prompts_per_step=8, max_new_tokens=16,
         **settings
     )
     g.train(whole)
@@ -289,7 +290,7 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings
     config = g.parse_command_line(["--resume", str(killed)])
     assert config.steps == 5 and config.beta == settings.get("beta", 0.0)  # taken over from the checkpoint
     g.train(config)
-    drop = {"seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
+    drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
     a, b = ([{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / run / "metrics.jsonl")]
             for run in ("whole", "killed"))
     assert a == b and len(a) == 5 and all(m["skipped"] is None for m in a)
