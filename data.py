@@ -1,9 +1,10 @@
 """What goes into a run and what comes out of it.
 
-In: tasks and their prompt formats, local files, hub data sets, policies, the embedded one among them. Out: the
-run's folder with its checkpoints, jsonl lines and picture, and what a person sees. An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the
-tokenizer's chat template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or
-whatever a file brings) and, where supervised demonstrations are wanted, `completion`.
+In: tasks and their prompt formats, local files, hub data sets, policies, the embedded one among them. Out:
+the run's folder with its checkpoints, jsonl lines and picture, and what a person sees. An example is a plain
+dict: `prompt` (text, used as it stands, or a list of chat messages, put through the tokenizer's chat
+template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or whatever a file
+brings) and, where supervised demonstrations are wanted, `completion`.
 
     train, heldout = load_task("countdown", train_examples=1000, eval_examples=100, seed=0)
     ids = encode_prompt(tokenizer, train[0]["prompt"])
@@ -15,7 +16,6 @@ import itertools
 import json
 import operator
 import os
-import pickle
 import random
 import re
 import shutil
@@ -43,32 +43,23 @@ class InputError(ValueError):
     """What the user gave can't be used; the message says what was given, what is allowed, what to type."""
 
 
-def cannot_load(what: str, error: Exception) -> InputError:
-    """The error to raise for one of those that datasets, transformers, the hub and the network each have."""
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return InputError(f"{what}: can't be loaded ({type(error).__name__}: {reason}); check the files in a "
-                      "local folder, or the id and the network for the hub")
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def is_local(name: str, what: str) -> bool:
-    """Whether `name` is a file or folder here, and not a hub id; InputError, about `what`, if it can be neither."""
-    if Path(name).exists():
-        return True
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) or Path(name).suffix in FILE_TYPES:
+def fetch(what: str, load: Callable, name: str, **options):
+    """load(name), of a file or folder here or a hub id; InputError, about `what`, when it can't be had."""
+    is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix not in FILE_TYPES
+    if not is_hub_id and not Path(name).exists():
         raise InputError(f"{what}: no such file or folder; check the path, or give a hub id such as "
                          "Qwen/Qwen2.5-0.5B-Instruct or openai/gsm8k")
-    return False
-
-
-def from_pretrained(kind, name: str, what: str, **options):
-    """kind.from_pretrained(name), of a local folder or the hub; InputError, about `what`, when it fails."""
     # The hub's client tells of each of its retries; the error says all that they say.
     huggingface_hub.utils.logging.set_verbosity_error()
-    is_local(name, what)
     try:
-        return kind.from_pretrained(name, **options)
-    except Exception as error:
-        raise cannot_load(what, error) from error
+        return load(name, **options)
+    except Exception as error:  # datasets, transformers, the hub and the network each have their own
+        raise InputError(f"{what}: can't be loaded ({type(error).__name__}: {first_line(error)}); check the "
+                         "files in a local folder, or the id and the network for the hub") from error
 
 
 # ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
@@ -109,11 +100,8 @@ def gsm8k_prompt(example: dict) -> list[dict]:
 
 def gsm8k_reasoning_prompt(example: dict) -> str:
     """The gsm8k prompt of The LM Book: plain text without a chat template, other tags."""
-    return (
-        "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
-        "<answer>\nthe final number\n</answer>\n"
-        + example["question"]
-    )
+    return ("Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
+            f"<answer>\nthe final number\n</answer>\n{example['question']}")
 
 
 PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
@@ -137,14 +125,12 @@ def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -
         return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
     is_open = prompt[-1]["role"] == "assistant" and not answered
     try:
-        text = tokenizer.apply_chat_template(
-            prompt, tokenize=False, continue_final_message=is_open,
-            add_generation_prompt=not is_open and not answered,
-        )
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, continue_final_message=is_open,
+                                             add_generation_prompt=not is_open and not answered)
     except (jinja2.TemplateError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({reason}); "
-                         "leave out the role it doesn't know, or give prompts as text") from error
+        raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses the messages "
+                         f"{str(prompt)[:80]!r} ({first_line(error)}); leave out the role it doesn't know, "
+                         "or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
 
@@ -160,14 +146,13 @@ def tokenize(tokenizer, config, examples: list[dict], max_new_tokens: int) -> in
     context = config.get_text_config().max_position_embeddings
     for example in examples:
         example["prompt_ids"] = encode_prompt(tokenizer, example["prompt"])
-        length = len(example["prompt_ids"])
-        if length + max_new_tokens > context:
-            raise InputError(
-                f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{context}; lower --max-new-tokens or drop the prompt that begins "
-                f"{str(example['prompt'])[:80]!r}"
-            )
-    return max(len(example["prompt_ids"]) for example in examples)
+    longest = max(examples, key=lambda example: len(example["prompt_ids"]))
+    length = len(longest["prompt_ids"])
+    if length + max_new_tokens > context:
+        raise InputError(f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context "
+                         f"of {context}; lower --max-new-tokens or drop the prompt that begins "
+                         f"{str(longest['prompt'])[:80]!r}")
+    return length
 
 
 # ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
@@ -193,21 +178,26 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
     return parts[0][0], parts[0][1]
 
 
-def countdown_demonstration(example: dict, rng: random.Random) -> str:
-    """A completion in the right format with right arithmetic and a blind choice of expression.
+def demonstration(example: dict, rng: random.Random) -> str:
+    """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown.
 
-    Which expression hits the target is what GRPO has to teach. With two numbers the reasoning starts with how
-    the target compares with the first one. Plus is chosen twice as often as the others, so that before GRPO
-    the greedy answer is plus to every problem, and not an accident of the seed.
+    An attempt has the right format and right arithmetic; which expression hits the target is what GRPO has to
+    teach. With two numbers the reasoning starts with how the target compares with the first one. Plus is
+    chosen twice as often as the others, so that before GRPO the greedy answer is plus to every problem, and
+    not an accident of the seed.
     """
-    nums, target = example["nums"], example["target"]
+    if isinstance(example.get("completion"), str):
+        return example["completion"]
+    if "nums" not in example or "target" not in example:
+        raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
+                         "from; add one, or drop the flag")
+    nums, target, compared = example["nums"], example["target"], ""
     if len(nums) == 2:
         a, b = nums
         compared = f"{target} {'>' if target > a else '<' if target < a else '='} {a}, "
         sign = rng.choice("++-*")
         text, value = f"{a} {sign} {b}", APPLY[sign](a, b)
     else:
-        compared = ""
         text, value = random_expression(nums, "+-*/", rng)
     return f"{compared}{text} = {value}</think>\n<answer>{text}</answer>"
 
@@ -278,26 +268,19 @@ def load_task(
         problems = countdown_problems(train_examples + eval_examples, seed)
         train, heldout = problems[eval_examples:], problems[:eval_examples]
     elif task in ("countdown", "gsm8k") or Path(task).suffix in FILE_TYPES:
-        columns = {"countdown": ["nums", "target"], "gsm8k": ["question", "answer"]}.get(task, ["prompt"])
         source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
-        train, heldout = read_dataset(source, columns, eval_examples, seed)
-        unit = "line" if source.endswith(".jsonl") else "row"
-        train, heldout = [
-            [prepare_row(row, task, f"{source}, {unit} {i}") for i, row in rows] for rows in (train, heldout)
-        ]
+        train, heldout = read_dataset(source, task, eval_examples, seed)
     else:
-        raise InputError(
-            f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a .jsonl, .json, .csv or "
-            ".parquet file with a `prompt` column"
-        )
+        raise InputError(f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a "
+                         f"{', '.join(FILE_TYPES)} file with a `prompt` column")
     prompt_format = prompt_format or task
     if prompt_format in PROMPTS:
         for example in train + heldout:
             example["prompt"] = PROMPTS[prompt_format](example)
             if "reasoning" in example:  # gsm8k's solution, with the tags that its prompt asks for
-                parts = {"reasoning" if prompt_format == "gsm8k-reasoning" else "think": example["reasoning"],
-                         "answer": example["answer"]}
-                example["completion"] = "\n".join(f"<{tag}>{x}</{tag}>" for tag, x in parts.items())
+                tag = "reasoning" if prompt_format == "gsm8k-reasoning" else "think"
+                example["completion"] = (f"<{tag}>{example['reasoning']}</{tag}>\n"
+                                         f"<answer>{example['answer']}</answer>")
     key = countdown_key if task == "countdown" else lambda example: json.dumps(example["prompt"])
     held = {key(example) for example in heldout}
     train = [example for example in train if key(example) not in held]
@@ -308,25 +291,24 @@ def load_task(
     return train[:train_examples], heldout
 
 
-def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int) -> tuple[list, list]:
-    """(train, held-out) of a file, a local folder or a hub data set, as lists of (row number from 1, row)."""
+def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[list[dict]]:
+    """[train, held-out] examples of a file, a local folder or a hub data set; they may overlap."""
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
+    if path.is_file() and path.suffix not in FILE_TYPES:
+        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
+    if path.is_file() and (path.suffix == ".jsonl" or path.stat().st_size == 0):  # `datasets` opens none empty
         splits = {"train": read_jsonl(path)}
     else:
-        splits = read_with_datasets(path, source)
-    numbered = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
-    train = numbered.get("train") or next(iter(numbered.values()))
-    if not train:
-        raise InputError(f"{source}: holds no rows; each needs the column(s) {', '.join(columns)}")
-    if missing := [column for column in columns if column not in train[0][1]]:
-        raise InputError(f"{source}: has no column {missing[0]!r}, only {', '.join(train[0][1])}; "
-                         "rename one of them")
-    heldout = numbered.get("test") or train
+        splits = fetch(source, load_splits, source)
+    splits = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
+    train = splits.get("train") or next(iter(splits.values()))
+    heldout = splits.get("test") or train
     if len(heldout) < eval_examples:
         raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
-                         "rows; lower it")
-    return train, random.Random(seed).sample(heldout, eval_examples)  # load_task takes them out of train
+                         "rows; lower it, or add rows")
+    heldout = random.Random(seed).sample(heldout, eval_examples)
+    unit = "line" if path.suffix == ".jsonl" else "row"
+    return [[make_example(row, task, f"{source}, {unit} {i}") for i, row in rows] for rows in (train, heldout)]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -337,72 +319,55 @@ def read_jsonl(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)  # as UTF-8
             except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}); "
-                                 "write one object a line") from None
+                row = error
             if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not an object but {row!r:.60}; "
-                                 "write {\"prompt\": ...}")
+                raise InputError(f"{path}, line {number}: not a JSON object but {row!r:.80}; write one on each "
+                                 "line, like {\"prompt\": \"2 + 2?\"}")
             rows.append(row)
     return rows
 
 
-def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
+def load_splits(source: str) -> dict[str, list[dict]]:
     """Every split that `datasets.load_dataset` finds in a file, a local folder or on the hub."""
     import datasets  # a second of import that the embedded task needn't pay
 
     datasets.disable_progress_bars()
-    is_local(source, source)
-    if path.is_file() and path.suffix not in FILE_TYPES:
-        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{source}: is empty")
-    try:
-        if path.is_file():
-            splits = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=source)
-        elif path.is_dir():  # a clone of gsm8k keeps its configurations in folders; `main` is the wanted one
-            splits = datasets.load_dataset(str(path / "main" if (path / "main").is_dir() else path))
-        else:
-            splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
-        return {name: split.to_list() for name, split in splits.items()}
-    except Exception as error:
-        raise cannot_load(source, error) from error
+    path = Path(source)
+    if path.is_file():
+        splits = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=source)
+    elif path.is_dir():  # a clone of gsm8k keeps its configurations in folders; `main` is the wanted one
+        splits = datasets.load_dataset(str(path / "main" if (path / "main").is_dir() else path))
+    else:
+        splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
+    return {name: split.to_list() for name, split in splits.items()}
 
 
-def prepare_row(row: dict, task: str, where: str) -> dict:
+NEEDED = {  # in each row; "own": in a file that is itself the task
+    "countdown": "nums must be a list of at least two whole numbers and target a whole number",
+    "gsm8k": "question and answer must be text, the answer with its number after ####",
+    "own": 'prompt must be text or a list of {"role", "content"} messages',
+}
+
+
+def make_example(row: dict, task: str, where: str) -> dict:
     """The example made of one row, or an InputError that says where the bad row is."""
-    if task == "countdown":
-        nums, target = row.get("nums"), row.get("target")
-        if not (isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])):
-            raise InputError(f"{where}: nums must be a list of at least two whole numbers and target a "
-                             f"whole number, not {nums!r} and {target!r}")
-        return {"nums": nums, "target": target}
-    if task == "gsm8k":
-        question, solution = row.get("question"), row.get("answer")
-        if not (isinstance(question, str) and isinstance(solution, str) and "####" in solution):
-            raise InputError(f"{where}: question and answer must be text, the answer with its number after "
-                             f"####, not {str(solution)[:60]!r}")
-        reasoning, answer = solution.rsplit("####", 1)
-        answer = answer.strip().replace(",", "")
-        return {"question": question, "answer": answer, "reasoning": reasoning.strip()}
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return row
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                               and isinstance(m.get("content"), str) for m in messages):
-        raise InputError(f"{where}: prompt must be text or a list of {{\"role\", \"content\"}} messages, "
-                         f"not {prompt!r:.80}")
-    return row
-
-
-def demonstration(example: dict, rng: random.Random) -> str:
-    """A completion to imitate in the cold start: the example's own, or a blind countdown attempt."""
-    if isinstance(example.get("completion"), str):
-        return example["completion"]
-    if "nums" in example and "target" in example:
-        return countdown_demonstration(example, rng)
-    raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
-                     "from; add one, or drop the flag")
+    kind = task if task in NEEDED else "own"
+    match kind, row:
+        case "countdown", {"nums": [_, _, *_] as nums, "target": target}:
+            if {*map(type, [*nums, target])} == {int}:
+                return {"nums": nums, "target": target}
+        case "gsm8k", {"question": str(question), "answer": str(solution)} if "####" in solution:
+            reasoning, answer = solution.rsplit("####", 1)
+            return {"question": question, "answer": answer.strip().replace(",", ""),
+                    "reasoning": reasoning.strip()}
+        case "own", {"prompt": str(text)} if text:
+            return row
+        case "own", {"prompt": [_, *_] as messages}:
+            if all(isinstance(message, dict) and isinstance(message.get("role"), str)
+                   and isinstance(message.get("content"), str) for message in messages):
+                return row
+    shown = ", ".join(f"{column} = {value!r:.60}" for column, value in row.items())
+    raise InputError(f"{where}: {NEEDED[kind]}; this row has {shown}")
 
 
 # ---- Policies ----------------------------------------------------------------------------------------------
@@ -428,8 +393,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
     numbers = [str(n) for n in range(10, MINI_LARGEST + 1)]
     tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
-    special = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
@@ -477,11 +441,8 @@ def load_config(
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
-    if Path(model).is_dir() and not Path(model, "config.json").is_file():
-        raise InputError(f"--model {model}: the folder has no config.json; give the folder that "
-                         "from_pretrained opens")
     config, tokenizer = (
-        from_pretrained(kind, model, f"--model {model}", trust_remote_code=trust_remote_code)
+        fetch(f"--model {model}", kind.from_pretrained, model, trust_remote_code=trust_remote_code)
         for kind in (transformers.AutoConfig, transformers.AutoTokenizer)
     )
     if tokenizer.eos_token_id is None:
@@ -497,8 +458,8 @@ def load_policy(
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
-        loaded = from_pretrained(
-            transformers.AutoModelForCausalLM, model, f"--model {model}", dtype=dtype,
+        loaded = fetch(
+            f"--model {model}", transformers.AutoModelForCausalLM.from_pretrained, model, dtype=dtype,
             attn_implementation="sdpa", trust_remote_code=trust_remote_code,
         ).eval()
     declared = loaded.generation_config.eos_token_id
@@ -513,13 +474,11 @@ class RewardModel:
     def __init__(self, name: str, *, device: str, **options):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
         what = f"--reward-model {name}"
-        self.tokenizer = from_pretrained(transformers.AutoTokenizer, name, what)
-        self.model = from_pretrained(
-            transformers.AutoModelForSequenceClassification, name, what, **options
-        ).eval()
+        self.tokenizer = fetch(what, transformers.AutoTokenizer.from_pretrained, name)
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        self.model = fetch(what, load, name, **options).eval()
         if self.model.config.num_labels != 1:
-            raise InputError(f"--reward-model {name}: has {self.model.config.num_labels} labels; use one "
-                             "with a single label")
+            raise InputError(f"{what}: has {self.model.config.num_labels} labels; use one with a single label")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -547,10 +506,7 @@ class RewardModel:
         if prompt[-1]["role"] == "assistant":  # the open turn is a part of the answer
             prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        try:
-            return encode_prompt(self.tokenizer, messages, answered=True)
-        except InputError as error:
-            raise InputError(f"--reward-model: {error}") from error
+        return encode_prompt(self.tokenizer, messages, answered=True)
 
 
 # ---- The run's files ---------------------------------------------------------------------------------------
@@ -636,7 +592,7 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
             # Renamed first, so that one half deleted is never taken for a checkpoint.
             shutil.rmtree(old.rename(folder / ".checkpoint.old"))
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
-        warn(f"{checkpoint.name} could not be saved ({str(error).splitlines()[0]}); older ones stay")
+        warn(f"{checkpoint.name} could not be saved ({first_line(error)}); older ones stay")
 
 
 def save_final(policy: Policy, folder: Path) -> None:
@@ -652,26 +608,23 @@ def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:
         return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"--resume: {checkpoint / STATE} can't be read ({reason}); use another checkpoint"
-                         ) from error
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read ({first_line(error)}); use another "
+                         "checkpoint") from error
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path:
     """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if none."""
     place = Path(resume)
     if resume == "latest":
-        every = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
-        found = max(every, key=lambda c: c.stat().st_mtime, default=None)
-    elif (place / STATE).is_file():
-        found = place
+        found = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
     else:
-        found = next(reversed(checkpoints(place)), None)
-    if found is None:
+        found = [place] if (place / STATE).is_file() else checkpoints(place)[-1:]
+    if not found:
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
-    return Path(os.path.abspath(found))  # of `.` too, the parent is the run's folder
+    newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
+    return Path(os.path.abspath(newest))  # of `.` too, the parent is the run's folder
 
 
 def go_back_to(folder: Path, step: int) -> list[dict]:
@@ -681,23 +634,16 @@ def go_back_to(folder: Path, step: int) -> list[dict]:
         if int(step_of(later)) > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
-    keep_lines_up_to(folder / "samples.jsonl", step)
-    return keep_lines_up_to(folder / "metrics.jsonl", step)
-
-
-def keep_lines_up_to(path: Path, step: int) -> list[dict]:
-    """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):  # half a line, of a run that was killed here
-            records.append(json.loads(line))
-    kept = [record for record in records if record["step"] <= step]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    beside.replace(path)
-    return kept
+    records = {"samples.jsonl": [], "metrics.jsonl": []}
+    for path in (folder / name for name in records if (folder / name).exists()):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):  # half a line, of a run that was killed here
+                records[path.name].append(json.loads(line))
+        records[path.name] = [record for record in records[path.name] if record["step"] <= step]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in records[path.name]))
+        beside.replace(path)
+    return records["metrics.jsonl"]
 
 
 def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
