@@ -29,7 +29,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import huggingface_hub
-import jinja2
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -43,11 +42,7 @@ class InputError(ValueError):
     """What the user gave can't be used; the message says what was given, what is allowed, what to type."""
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def fetch(what: str, load: Callable, name: str, **options):
+def fetch(what: str, load: Callable, name: str, /, **options):
     """load(name), of a file or folder here or a hub id; InputError, about `what`, when it can't be had."""
     is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix not in FILE_TYPES
     if not is_hub_id and not Path(name).exists():
@@ -58,79 +53,68 @@ def fetch(what: str, load: Callable, name: str, **options):
     try:
         return load(name, **options)
     except Exception as error:  # datasets, transformers, the hub and the network each have their own
-        raise InputError(f"{what}: can't be loaded ({type(error).__name__}: {first_line(error)}); check the "
-                         "files in a local folder, or the id and the network for the hub") from error
+        raise InputError(f"{what}: can't be loaded ({type(error).__name__}: "
+                         f"{textwrap.shorten(str(error), 200)}); check the files in a local folder, or the "
+                         "id and the network for the hub") from error
 
 
 # ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
 
-
-def countdown_prompt(example: dict) -> list[dict]:
-    """Countdown as nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`."""
-    numbers = ", ".join(map(str, example["nums"]))
-    return [
+PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
+    # As nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`.
+    "countdown": lambda example: [
         {"role": "system", "content": "You are a careful assistant. You reason in your head before you give "
          "the user the answer."},
-        {"role": "user", "content": f"Combine the numbers {numbers} into an equation that equals "
-         f"{example['target']}. You may use +, -, *, / and parentheses, and must use each number exactly "
-         "once. Write your reasoning inside <think> </think> tags and then the equation alone inside "
-         "<answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."},
+        {"role": "user", "content": f"Combine the numbers {', '.join(map(str, example['nums']))} into an "
+         f"equation that equals {example['target']}. You may use +, -, *, / and parentheses, and must use "
+         "each number exactly once. Write your reasoning inside <think> </think> tags and then the equation "
+         "alone inside <answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."},
         {"role": "assistant", "content": "I will work through this step by step.\n<think>"},
-    ]
-
-
-def mini_countdown_prompt(example: dict) -> list[dict]:
-    """The countdown prompt in the few words that the embedded policy knows."""
-    numbers = " ".join(map(str, example["nums"]))
-    return [
-        {"role": "user", "content": f"numbers {numbers} target {example['target']}"},
+    ],
+    # The same in the few words that the embedded policy knows.
+    "mini-countdown": lambda example: [
+        {"role": "user", "content": f"numbers {' '.join(map(str, example['nums']))} "
+         f"target {example['target']}"},
         {"role": "assistant", "content": "<think>"},
-    ]
-
-
-def gsm8k_prompt(example: dict) -> list[dict]:
-    """The gsm8k prompt of simple_GRPO: the model itself opens and closes both tags."""
-    return [
+    ],
+    # That of simple_GRPO: the model itself opens and closes both tags.
+    "gsm8k": lambda example: [
         {"role": "system", "content": "You help the user with a question. First think the steps through, "
          "then give the final answer. Put the thinking inside <think> </think> tags and the answer inside "
          "<answer> </answer> tags, like this: <think> your steps </think><answer> the answer </answer>."},
         {"role": "user", "content": example["question"]},
-    ]
-
-
-def gsm8k_reasoning_prompt(example: dict) -> str:
-    """The gsm8k prompt of The LM Book: plain text without a chat template, other tags."""
-    return ("Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
-            f"<answer>\nthe final number\n</answer>\n{example['question']}")
-
-
-PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
-    "countdown": countdown_prompt,
-    "mini-countdown": mini_countdown_prompt,
-    "gsm8k": gsm8k_prompt,
-    "gsm8k-reasoning": gsm8k_reasoning_prompt,
+    ],
+    # That of The LM Book: plain text without a chat template, other tags.
+    "gsm8k-reasoning": lambda example: (
+        "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
+        f"<answer>\nthe final number\n</answer>\n{example['question']}"
+    ),
 }
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -> list[int]:
+def encode_prompt(tokenizer, prompt: str | list[dict], answer: str | None = None) -> list[int]:
     """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
 
     A last message from the assistant stays open, so that the completion continues it; otherwise the template
-    opens a new assistant turn. With `answered` the messages are a whole conversation, and nothing is opened.
+    opens a new assistant turn. An `answer` continues the one or fills the other, and ends the conversation.
     A tokenizer without a template gets the messages' texts, one a line.
     """
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        return tokenizer(prompt + (answer or "")).input_ids
+    is_open, is_asked = prompt[-1]["role"] == "assistant", answer is None
+    if not is_asked:
+        asked, opening = (prompt[:-1], prompt[-1]["content"]) if is_open else (prompt, "")
+        prompt = [*asked, {"role": "assistant", "content": opening + answer}]
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
-    is_open = prompt[-1]["role"] == "assistant" and not answered
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, continue_final_message=is_open,
-                                             add_generation_prompt=not is_open and not answered)
-    except (jinja2.TemplateError, ValueError) as error:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False,
+                                             continue_final_message=is_open and is_asked,
+                                             add_generation_prompt=is_asked and not is_open)
+    except Exception as error:  # a template is a program of its own
         raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses the messages "
-                         f"{str(prompt)[:80]!r} ({first_line(error)}); leave out the role it doesn't know, "
-                         "or give prompts as text") from error
+                         f"{str(prompt)[:80]!r} ({textwrap.shorten(str(error), 200)}); leave out the role it "
+                         "doesn't know, or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
 
@@ -149,14 +133,13 @@ def tokenize(tokenizer, config, examples: list[dict], max_new_tokens: int) -> in
     longest = max(examples, key=lambda example: len(example["prompt_ids"]))
     length = len(longest["prompt_ids"])
     if length + max_new_tokens > context:
-        raise InputError(f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context "
-                         f"of {context}; lower --max-new-tokens or drop the prompt that begins "
+        raise InputError(f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's "
+                         f"context of {context}; lower --max-new-tokens or drop the prompt that begins "
                          f"{str(longest['prompt'])[:80]!r}")
     return length
 
 
 # ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
-
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -181,10 +164,9 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
 def demonstration(example: dict, rng: random.Random) -> str:
     """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown.
 
-    An attempt has the right format and right arithmetic; which expression hits the target is what GRPO has to
-    teach. With two numbers the reasoning starts with how the target compares with the first one. Plus is
-    chosen twice as often as the others, so that before GRPO the greedy answer is plus to every problem, and
-    not an accident of the seed.
+    An attempt's format and arithmetic are right; which expression hits the target is what GRPO has to teach.
+    With two numbers it starts with how the target compares with the first one. Plus is chosen twice as often
+    as the others: before GRPO the greedy answer is plus to every problem, and not an accident of the seed.
     """
     if isinstance(example.get("completion"), str):
         return example["completion"]
@@ -229,9 +211,8 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], lis
     The larger number is given first, so that no difference is negative. Held out are all problems of some
     pairs of numbers: what operator hits a target must be learned elsewhere.
     """
-    rng = random.Random(seed)
     pairs = list(itertools.combinations_with_replacement(range(1, MINI_LARGEST + 1), 2))
-    rng.shuffle(pairs)
+    random.Random(seed).shuffle(pairs)
     problems = [
         {"nums": [b, a], "target": target}
         for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})
@@ -293,13 +274,23 @@ def load_task(
 
 def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[list[dict]]:
     """[train, held-out] examples of a file, a local folder or a hub data set; they may overlap."""
-    path = Path(source)
+    path, place, options = Path(source), source, {}
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
-    if path.is_file() and (path.suffix == ".jsonl" or path.stat().st_size == 0):  # `datasets` opens none empty
+    if path.is_file() and (path.suffix == ".jsonl" or path.stat().st_size == 0):  # empty: no rows
         splits = {"train": read_jsonl(path)}
     else:
-        splits = fetch(source, load_splits, source)
+        import datasets  # a second of import that the embedded task needn't pay
+
+        datasets.disable_progress_bars()
+        if path.is_file():
+            place, options = FILE_TYPES[path.suffix], {"data_files": source}
+        elif (path / "main").is_dir():  # a clone of gsm8k keeps its configurations in folders
+            place = str(path / "main")
+        elif source == "openai/gsm8k":
+            options = {"name": "main"}
+        loaded = fetch(source, datasets.load_dataset, place, **options)
+        splits = {name: split.to_list() for name, split in loaded.items()}
     splits = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
     train = splits.get("train") or next(iter(splits.values()))
     heldout = splits.get("test") or train
@@ -307,8 +298,8 @@ def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[
         raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
                          "rows; lower it, or add rows")
     heldout = random.Random(seed).sample(heldout, eval_examples)
-    unit = "line" if path.suffix == ".jsonl" else "row"
-    return [[make_example(row, task, f"{source}, {unit} {i}") for i, row in rows] for rows in (train, heldout)]
+    where = f"{source}, {'line' if path.suffix == '.jsonl' else 'row'}"
+    return [[make_example(row, task, f"{where} {i}") for i, row in rows] for rows in (train, heldout)]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -319,55 +310,37 @@ def read_jsonl(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)  # as UTF-8
             except ValueError as error:
-                row = error
+                row = str(error)
             if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not a JSON object but {row!r:.80}; write one on each "
-                                 "line, like {\"prompt\": \"2 + 2?\"}")
+                raise InputError(f"{path}, line {number}: not a JSON object ({row!r:.80}); write one on "
+                                 'each line, like {"prompt": "2 + 2?"}')
             rows.append(row)
     return rows
 
 
-def load_splits(source: str) -> dict[str, list[dict]]:
-    """Every split that `datasets.load_dataset` finds in a file, a local folder or on the hub."""
-    import datasets  # a second of import that the embedded task needn't pay
-
-    datasets.disable_progress_bars()
-    path = Path(source)
-    if path.is_file():
-        splits = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=source)
-    elif path.is_dir():  # a clone of gsm8k keeps its configurations in folders; `main` is the wanted one
-        splits = datasets.load_dataset(str(path / "main" if (path / "main").is_dir() else path))
-    else:
-        splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
-    return {name: split.to_list() for name, split in splits.items()}
-
-
-NEEDED = {  # in each row; "own": in a file that is itself the task
-    "countdown": "nums must be a list of at least two whole numbers and target a whole number",
-    "gsm8k": "question and answer must be text, the answer with its number after ####",
-    "own": 'prompt must be text or a list of {"role", "content"} messages',
-}
-
-
 def make_example(row: dict, task: str, where: str) -> dict:
     """The example made of one row, or an InputError that says where the bad row is."""
-    kind = task if task in NEEDED else "own"
-    match kind, row:
-        case "countdown", {"nums": [_, _, *_] as nums, "target": target}:
-            if {*map(type, [*nums, target])} == {int}:
-                return {"nums": nums, "target": target}
-        case "gsm8k", {"question": str(question), "answer": str(solution)} if "####" in solution:
+    if task == "countdown":
+        needed = "nums must be a list of at least two whole numbers and target a whole number"
+        nums, target = row.get("nums"), row.get("target")
+        if isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target]):
+            return {"nums": nums, "target": target}
+    elif task == "gsm8k":
+        needed = "question and answer must be text, the answer with its number after ####"
+        question, solution = row.get("question"), row.get("answer")
+        if isinstance(question, str) and isinstance(solution, str) and "####" in solution:
             reasoning, answer = solution.rsplit("####", 1)
-            return {"question": question, "answer": answer.strip().replace(",", ""),
-                    "reasoning": reasoning.strip()}
-        case "own", {"prompt": str(text)} if text:
+            answer = answer.strip().replace(",", "")
+            return {"question": question, "answer": answer, "reasoning": reasoning.strip()}
+    else:
+        needed = 'prompt must be text or a list of {"role", "content"} messages'
+        prompt = row.get("prompt")
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if prompt and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                          and isinstance(m.get("content"), str) for m in messages):
             return row
-        case "own", {"prompt": [_, *_] as messages}:
-            if all(isinstance(message, dict) and isinstance(message.get("role"), str)
-                   and isinstance(message.get("content"), str) for message in messages):
-                return row
     shown = ", ".join(f"{column} = {value!r:.60}" for column, value in row.items())
-    raise InputError(f"{where}: {NEEDED[kind]}; this row has {shown}")
+    raise InputError(f"{where}: {needed}; this row has {shown}")
 
 
 # ---- Policies ----------------------------------------------------------------------------------------------
@@ -385,19 +358,15 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = [
-        "numbers ", " target ", " + ", " - ", " * ", " = ", " < ", " > ", ", ",
-        "<think>", "</think>", "\n<answer>", "</answer>",
-    ]
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    words = ["numbers ", " target ", " + ", " - ", " * ", " = ", " < ", " > ", ", ",
+             "<think>", "</think>", "\n<answer>", "</answer>"]
     # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
-    numbers = [str(n) for n in range(10, MINI_LARGEST + 1)]
+    numbers = map(str, range(10, MINI_LARGEST + 1))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
     tokenizer.add_special_tokens(["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+                                                pad_token="<|pad|>", chat_template=CHAT_TEMPLATE)
 
 
 def tiny_config(tokenizer) -> transformers.Qwen2Config:
@@ -436,8 +405,7 @@ class Policy:
 def load_config(
     model: str, *, trust_remote_code: bool = False
 ) -> tuple[transformers.PreTrainedConfig, transformers.PreTrainedTokenizerBase]:
-    """A policy's config and tokenizer, which is all that planning needs: `embedded`, a local folder, or a hub
-    id; InputError without it."""
+    """Config and tokenizer, all that planning needs, of `embedded`, a folder or a hub id; or InputError."""
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
@@ -458,10 +426,9 @@ def load_policy(
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
-        loaded = fetch(
-            f"--model {model}", transformers.AutoModelForCausalLM.from_pretrained, model, dtype=dtype,
-            attn_implementation="sdpa", trust_remote_code=trust_remote_code,
-        ).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        loaded = fetch(f"--model {model}", load, model, dtype=dtype, attn_implementation="sdpa",
+                       trust_remote_code=trust_remote_code)
     declared = loaded.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -474,39 +441,29 @@ class RewardModel:
     def __init__(self, name: str, *, device: str, **options):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
         what = f"--reward-model {name}"
-        self.tokenizer = fetch(what, transformers.AutoTokenizer.from_pretrained, name)
+        self.tokenizer = fetch(what, transformers.AutoTokenizer.from_pretrained, name, padding_side="right")
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        self.model = fetch(what, load, name, **options).eval()
+        self.model = fetch(what, load, name, **options)
         if self.model.config.num_labels != 1:
-            raise InputError(f"{what}: has {self.model.config.num_labels} labels; use one with a single label")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            raise InputError(f"{what}: has {self.model.config.num_labels} labels; use one with a single "
+                             "label")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.device = device
 
     @torch.no_grad()
     def scores(self, answers: list[tuple[str | list[dict], str]], batch_size: int = 16) -> list[float]:
         """One score for each (prompt, completion); chats go through the model's template, if it has one."""
-        rows = [self._encode(prompt, completion) for prompt, completion in answers]
+        rows = [encode_prompt(self.tokenizer, prompt, completion) for prompt, completion in answers]
         found = []
         self.model.to(self.device)
         try:
             for i in range(0, len(rows), batch_size):
-                batch = self.tokenizer.pad(
-                    {"input_ids": rows[i : i + batch_size]}, padding_side="right", return_tensors="pt"
-                )
+                batch = self.tokenizer.pad({"input_ids": rows[i : i + batch_size]}, return_tensors="pt")
                 found += self.model(**batch.to(self.device)).logits[:, 0].float().tolist()
         finally:
             self.model.to("cpu")
         return found
-
-    def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
-        if isinstance(prompt, str):
-            return encode_prompt(self.tokenizer, prompt + completion)
-        if prompt[-1]["role"] == "assistant":  # the open turn is a part of the answer
-            prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        return encode_prompt(self.tokenizer, messages, answered=True)
 
 
 # ---- The run's files ---------------------------------------------------------------------------------------
@@ -592,7 +549,7 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
             # Renamed first, so that one half deleted is never taken for a checkpoint.
             shutil.rmtree(old.rename(folder / ".checkpoint.old"))
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
-        warn(f"{checkpoint.name} could not be saved ({first_line(error)}); older ones stay")
+        warn(f"{checkpoint.name} could not be saved ({textwrap.shorten(str(error), 200)}); older ones stay")
 
 
 def save_final(policy: Policy, folder: Path) -> None:
@@ -609,8 +566,8 @@ def load_state(checkpoint: Path) -> dict:
     try:
         return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"--resume: {checkpoint / STATE} can't be read ({first_line(error)}); use another "
-                         "checkpoint") from error
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read ("
+                         f"{textwrap.shorten(str(error), 200)}); use another checkpoint") from error
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path:
@@ -628,8 +585,10 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
 
 
 def go_back_to(folder: Path, step: int) -> list[dict]:
-    """Leave in a run's folder what a checkpoint of that step knows; returns its metrics. Later checkpoints are
-    renamed: they belong to the course that was left."""
+    """Leave in a run's folder what a checkpoint of that step knows; returns its metrics.
+
+    Later checkpoints are renamed: they belong to the course that was left.
+    """
     for later in checkpoints(folder):
         if int(step_of(later)) > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -649,11 +608,9 @@ def go_back_to(folder: Path, step: int) -> list[dict]:
 def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
     """What samples.jsonl keeps of a step: the first few prompts with all their completions."""
     return [
-        {
-            "step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
-            "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
-            "finished": e.completion.finished,
-        }
+        {"step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
+         "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
+         "finished": e.completion.finished}
         for e in episodes if e.group < groups
     ]
 
@@ -662,8 +619,8 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
     from matplotlib.figure import Figure  # draws without a display
 
-    parts = [name for name in metrics[0] if name.startswith("reward/")]
-    panels = [("reward", ["reward", *parts]), ("accuracy", ["accuracy"]),
+    rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
+    panels = [("reward", rewards), ("accuracy", ["accuracy"]),
               ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
     steps = [m["step"] for m in metrics]
     window = max(1, len(steps) // 20)
@@ -671,10 +628,9 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
         for i, name in enumerate(names):
             values = [m[name] for m in metrics]
-            recent = [values[max(0, j - window) : j] for j in range(1, len(values) + 1)]
+            means = [sum(values[max(0, j - window) : j]) / min(j, window) for j in range(1, len(values) + 1)]
             axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(steps, [sum(part) / len(part) for part in recent], color=f"C{i}", linewidth=2,
-                      label=name.removeprefix("reward/"))
+            axis.plot(steps, means, color=f"C{i}", linewidth=2, label=name.removeprefix("reward/"))
         if title == "accuracy":
             axis.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko-",
                       markersize=5, linewidth=1, label="held-out, greedy")
@@ -719,15 +675,13 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
 def side_by_side(before: list, after: list) -> str:
     """The shown held-out examples with the greedy answers before and after training, in two columns."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
-
-    def column(when: str, answer: str, solved: bool) -> list[str]:
-        wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
-        return [f"{when} ({'solved' if solved else 'not solved'})", *wrapped[:20]]
-
     lines = []
-    for (request, old, old_solved), (_, new, new_solved) in zip(before, after):
+    for (request, *old), (_, *new) in zip(before, after):
+        columns = []
+        for when, (answer, is_solved) in (("before", old), ("after", new)):
+            wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
+            columns.append([f"{when} ({'solved' if is_solved else 'not solved'})", *wrapped[:20]])
         lines += ["", *textwrap.wrap(request, 2 * width)]
-        columns = column("before", old, old_solved), column("after", new, new_solved)
         lines += [f"  {a:<{width}}| {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")]
     return "\n".join(lines)
 
@@ -749,17 +703,16 @@ def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -
     last = metrics[-patience:]
     if len(last) < patience:
         return
-    all_truncated = all(m["truncated_fraction"] == 1 for m in last)
+    all_cut = all(m["truncated_fraction"] == 1 for m in last)
+    no_spread = all(m["groups_without_spread"] == 1 for m in last) and not all_cut
+    all_alike = all(m["entropy"] < 1e-3 for m in last)
     troubles = {
-        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
-        "larger --group-size or --temperature, or a reward with more steps in it usually help":
-            all(m["groups_without_spread"] == 1 for m in last) and not all_truncated,
         "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
-        "--cold-start-steps to teach the form of an answer, usually help":
-            all_truncated,
+        "--cold-start-steps to teach the form of an answer, usually help": all_cut,
+        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
+        "larger --group-size or --temperature, or a reward with more steps in it usually help": no_spread,
         "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
-        "above 0 or a higher --temperature, from the start, usually help":
-            all(m["entropy"] < 1e-3 for m in last),
+        "above 0 or a higher --temperature, from the start, usually help": all_alike,
     }
     for message, is_so in troubles.items():
         if is_so and message not in warned:
