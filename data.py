@@ -1,9 +1,10 @@
 """What goes into a run and what comes out of it.
 
-In: tasks and their prompt formats, local files, hub data sets, policies, the embedded one among them. Out: the
-run's folder with its checkpoints, jsonl lines and picture, and what a person sees. An example is a plain dict: `prompt` (text, used as it stands, or a list of chat messages, put through the
-tokenizer's chat template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or
-whatever a file brings) and, where supervised demonstrations are wanted, `completion`.
+In: tasks and their prompt formats, local files, hub data sets, policies, the embedded one among them. Out:
+the run's folder with its checkpoints, jsonl lines and picture, and what a person sees. An example is a plain
+dict: `prompt` (text, used as it stands, or a list of chat messages, put through the tokenizer's chat
+template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or whatever a file
+brings) and, where supervised demonstrations are wanted, `completion`.
 
     train, heldout = load_task("countdown", train_examples=1000, eval_examples=100, seed=0)
     ids = encode_prompt(tokenizer, train[0]["prompt"])
@@ -15,7 +16,6 @@ import itertools
 import json
 import operator
 import os
-import pickle
 import random
 import re
 import shutil
@@ -29,7 +29,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import huggingface_hub
-import jinja2
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -43,108 +42,79 @@ class InputError(ValueError):
     """What the user gave can't be used; the message says what was given, what is allowed, what to type."""
 
 
-def cannot_load(what: str, error: Exception) -> InputError:
-    """The error to raise for one of those that datasets, transformers, the hub and the network each have."""
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return InputError(f"{what}: can't be loaded ({type(error).__name__}: {reason}); check the files in a "
-                      "local folder, or the id and the network for the hub")
-
-
-def is_local(name: str, what: str) -> bool:
-    """Whether `name` is a file or folder here, and not a hub id; InputError, about `what`, if it can be neither."""
-    if Path(name).exists():
-        return True
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) or Path(name).suffix in FILE_TYPES:
+def fetch(what: str, load: Callable, name: str, /, **options):
+    """load(name), of a file or folder here or a hub id; InputError, about `what`, when it can't be had."""
+    is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix not in FILE_TYPES
+    if not is_hub_id and not Path(name).exists():
         raise InputError(f"{what}: no such file or folder; check the path, or give a hub id such as "
                          "Qwen/Qwen2.5-0.5B-Instruct or openai/gsm8k")
-    return False
-
-
-def from_pretrained(kind, name: str, what: str, **options):
-    """kind.from_pretrained(name), of a local folder or the hub; InputError, about `what`, when it fails."""
     # The hub's client tells of each of its retries; the error says all that they say.
     huggingface_hub.utils.logging.set_verbosity_error()
-    is_local(name, what)
     try:
-        return kind.from_pretrained(name, **options)
-    except Exception as error:
-        raise cannot_load(what, error) from error
+        return load(name, **options)
+    except Exception as error:  # datasets, transformers, the hub and the network each have their own
+        raise InputError(f"{what}: can't be loaded ({type(error).__name__}: "
+                         f"{textwrap.shorten(str(error), 200)}); check the files in a local folder, or the "
+                         "id and the network for the hub") from error
 
 
 # ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
 
-
-def countdown_prompt(example: dict) -> list[dict]:
-    """Countdown as nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`."""
-    numbers = ", ".join(map(str, example["nums"]))
-    return [
+PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
+    # As nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`.
+    "countdown": lambda example: [
         {"role": "system", "content": "You are a careful assistant. You reason in your head before you give "
          "the user the answer."},
-        {"role": "user", "content": f"Combine the numbers {numbers} into an equation that equals "
-         f"{example['target']}. You may use +, -, *, / and parentheses, and must use each number exactly "
-         "once. Write your reasoning inside <think> </think> tags and then the equation alone inside "
-         "<answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."},
+        {"role": "user", "content": f"Combine the numbers {', '.join(map(str, example['nums']))} into an "
+         f"equation that equals {example['target']}. You may use +, -, *, / and parentheses, and must use "
+         "each number exactly once. Write your reasoning inside <think> </think> tags and then the equation "
+         "alone inside <answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."},
         {"role": "assistant", "content": "I will work through this step by step.\n<think>"},
-    ]
-
-
-def mini_countdown_prompt(example: dict) -> list[dict]:
-    """The countdown prompt in the few words that the embedded policy knows."""
-    numbers = " ".join(map(str, example["nums"]))
-    return [
-        {"role": "user", "content": f"numbers {numbers} target {example['target']}"},
+    ],
+    # The same in the few words that the embedded policy knows.
+    "mini-countdown": lambda example: [
+        {"role": "user", "content": f"numbers {' '.join(map(str, example['nums']))} "
+         f"target {example['target']}"},
         {"role": "assistant", "content": "<think>"},
-    ]
-
-
-def gsm8k_prompt(example: dict) -> list[dict]:
-    """The gsm8k prompt of simple_GRPO: the model itself opens and closes both tags."""
-    return [
+    ],
+    # That of simple_GRPO: the model itself opens and closes both tags.
+    "gsm8k": lambda example: [
         {"role": "system", "content": "You help the user with a question. First think the steps through, "
          "then give the final answer. Put the thinking inside <think> </think> tags and the answer inside "
          "<answer> </answer> tags, like this: <think> your steps </think><answer> the answer </answer>."},
         {"role": "user", "content": example["question"]},
-    ]
-
-
-def gsm8k_reasoning_prompt(example: dict) -> str:
-    """The gsm8k prompt of The LM Book: plain text without a chat template, other tags."""
-    return (
+    ],
+    # That of The LM Book: plain text without a chat template, other tags.
+    "gsm8k-reasoning": lambda example: (
         "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
-        "<answer>\nthe final number\n</answer>\n"
-        + example["question"]
-    )
-
-
-PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
-    "countdown": countdown_prompt,
-    "mini-countdown": mini_countdown_prompt,
-    "gsm8k": gsm8k_prompt,
-    "gsm8k-reasoning": gsm8k_reasoning_prompt,
+        f"<answer>\nthe final number\n</answer>\n{example['question']}"
+    ),
 }
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict], answered: bool = False) -> list[int]:
+def encode_prompt(tokenizer, prompt: str | list[dict], answer: str | None = None) -> list[int]:
     """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
 
     A last message from the assistant stays open, so that the completion continues it; otherwise the template
-    opens a new assistant turn. With `answered` the messages are a whole conversation, and nothing is opened.
+    opens a new assistant turn. An `answer` continues the one or fills the other, and ends the conversation.
     A tokenizer without a template gets the messages' texts, one a line.
     """
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        return tokenizer(prompt + (answer or "")).input_ids
+    is_open, is_asked = prompt[-1]["role"] == "assistant", answer is None
+    if not is_asked:
+        asked, opening = (prompt[:-1], prompt[-1]["content"]) if is_open else (prompt, "")
+        prompt = [*asked, {"role": "assistant", "content": opening + answer}]
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
-    is_open = prompt[-1]["role"] == "assistant" and not answered
     try:
-        text = tokenizer.apply_chat_template(
-            prompt, tokenize=False, continue_final_message=is_open,
-            add_generation_prompt=not is_open and not answered,
-        )
-    except (jinja2.TemplateError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"the model's chat template refuses the messages {str(prompt)[:80]!r} ({reason}); "
-                         "leave out the role it doesn't know, or give prompts as text") from error
+        text = tokenizer.apply_chat_template(prompt, tokenize=False,
+                                             continue_final_message=is_open and is_asked,
+                                             add_generation_prompt=is_asked and not is_open)
+    except Exception as error:  # a template is a program of its own
+        raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses the messages "
+                         f"{str(prompt)[:80]!r} ({textwrap.shorten(str(error), 200)}); leave out the role it "
+                         "doesn't know, or give prompts as text") from error
     return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
 
 
@@ -160,18 +130,16 @@ def tokenize(tokenizer, config, examples: list[dict], max_new_tokens: int) -> in
     context = config.get_text_config().max_position_embeddings
     for example in examples:
         example["prompt_ids"] = encode_prompt(tokenizer, example["prompt"])
-        length = len(example["prompt_ids"])
-        if length + max_new_tokens > context:
-            raise InputError(
-                f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{context}; lower --max-new-tokens or drop the prompt that begins "
-                f"{str(example['prompt'])[:80]!r}"
-            )
-    return max(len(example["prompt_ids"]) for example in examples)
+    longest = max(examples, key=lambda example: len(example["prompt_ids"]))
+    length = len(longest["prompt_ids"])
+    if length + max_new_tokens > context:
+        raise InputError(f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's "
+                         f"context of {context}; lower --max-new-tokens or drop the prompt that begins "
+                         f"{str(longest['prompt'])[:80]!r}")
+    return length
 
 
 # ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
-
 
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -193,21 +161,25 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
     return parts[0][0], parts[0][1]
 
 
-def countdown_demonstration(example: dict, rng: random.Random) -> str:
-    """A completion in the right format with right arithmetic and a blind choice of expression.
+def demonstration(example: dict, rng: random.Random) -> str:
+    """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown.
 
-    Which expression hits the target is what GRPO has to teach. With two numbers the reasoning starts with how
-    the target compares with the first one. Plus is chosen twice as often as the others, so that before GRPO
-    the greedy answer is plus to every problem, and not an accident of the seed.
+    An attempt's format and arithmetic are right; which expression hits the target is what GRPO has to teach.
+    With two numbers it starts with how the target compares with the first one. Plus is chosen twice as often
+    as the others: before GRPO the greedy answer is plus to every problem, and not an accident of the seed.
     """
-    nums, target = example["nums"], example["target"]
+    if isinstance(example.get("completion"), str):
+        return example["completion"]
+    if "nums" not in example or "target" not in example:
+        raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
+                         "from; add one, or drop the flag")
+    nums, target, compared = example["nums"], example["target"], ""
     if len(nums) == 2:
         a, b = nums
         compared = f"{target} {'>' if target > a else '<' if target < a else '='} {a}, "
         sign = rng.choice("++-*")
         text, value = f"{a} {sign} {b}", APPLY[sign](a, b)
     else:
-        compared = ""
         text, value = random_expression(nums, "+-*/", rng)
     return f"{compared}{text} = {value}</think>\n<answer>{text}</answer>"
 
@@ -239,9 +211,8 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], lis
     The larger number is given first, so that no difference is negative. Held out are all problems of some
     pairs of numbers: what operator hits a target must be learned elsewhere.
     """
-    rng = random.Random(seed)
     pairs = list(itertools.combinations_with_replacement(range(1, MINI_LARGEST + 1), 2))
-    rng.shuffle(pairs)
+    random.Random(seed).shuffle(pairs)
     problems = [
         {"nums": [b, a], "target": target}
         for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})
@@ -278,26 +249,19 @@ def load_task(
         problems = countdown_problems(train_examples + eval_examples, seed)
         train, heldout = problems[eval_examples:], problems[:eval_examples]
     elif task in ("countdown", "gsm8k") or Path(task).suffix in FILE_TYPES:
-        columns = {"countdown": ["nums", "target"], "gsm8k": ["question", "answer"]}.get(task, ["prompt"])
         source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
-        train, heldout = read_dataset(source, columns, eval_examples, seed)
-        unit = "line" if source.endswith(".jsonl") else "row"
-        train, heldout = [
-            [prepare_row(row, task, f"{source}, {unit} {i}") for i, row in rows] for rows in (train, heldout)
-        ]
+        train, heldout = read_dataset(source, task, eval_examples, seed)
     else:
-        raise InputError(
-            f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a .jsonl, .json, .csv or "
-            ".parquet file with a `prompt` column"
-        )
+        raise InputError(f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a "
+                         f"{', '.join(FILE_TYPES)} file with a `prompt` column")
     prompt_format = prompt_format or task
     if prompt_format in PROMPTS:
         for example in train + heldout:
             example["prompt"] = PROMPTS[prompt_format](example)
             if "reasoning" in example:  # gsm8k's solution, with the tags that its prompt asks for
-                parts = {"reasoning" if prompt_format == "gsm8k-reasoning" else "think": example["reasoning"],
-                         "answer": example["answer"]}
-                example["completion"] = "\n".join(f"<{tag}>{x}</{tag}>" for tag, x in parts.items())
+                tag = "reasoning" if prompt_format == "gsm8k-reasoning" else "think"
+                example["completion"] = (f"<{tag}>{example['reasoning']}</{tag}>\n"
+                                         f"<answer>{example['answer']}</answer>")
     key = countdown_key if task == "countdown" else lambda example: json.dumps(example["prompt"])
     held = {key(example) for example in heldout}
     train = [example for example in train if key(example) not in held]
@@ -308,25 +272,34 @@ def load_task(
     return train[:train_examples], heldout
 
 
-def read_dataset(source: str, columns: list[str], eval_examples: int, seed: int) -> tuple[list, list]:
-    """(train, held-out) of a file, a local folder or a hub data set, as lists of (row number from 1, row)."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
+def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[list[dict]]:
+    """[train, held-out] examples of a file, a local folder or a hub data set; they may overlap."""
+    path, place, options = Path(source), source, {}
+    if path.is_file() and path.suffix not in FILE_TYPES:
+        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
+    if path.is_file() and (path.suffix == ".jsonl" or path.stat().st_size == 0):  # empty: no rows
         splits = {"train": read_jsonl(path)}
     else:
-        splits = read_with_datasets(path, source)
-    numbered = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
-    train = numbered.get("train") or next(iter(numbered.values()))
-    if not train:
-        raise InputError(f"{source}: holds no rows; each needs the column(s) {', '.join(columns)}")
-    if missing := [column for column in columns if column not in train[0][1]]:
-        raise InputError(f"{source}: has no column {missing[0]!r}, only {', '.join(train[0][1])}; "
-                         "rename one of them")
-    heldout = numbered.get("test") or train
+        import datasets  # a second of import that the embedded task needn't pay
+
+        datasets.disable_progress_bars()
+        if path.is_file():
+            place, options = FILE_TYPES[path.suffix], {"data_files": source}
+        elif (path / "main").is_dir():  # a clone of gsm8k keeps its configurations in folders
+            place = str(path / "main")
+        elif source == "openai/gsm8k":
+            options = {"name": "main"}
+        loaded = fetch(source, datasets.load_dataset, place, **options)
+        splits = {name: split.to_list() for name, split in loaded.items()}
+    splits = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
+    train = splits.get("train") or next(iter(splits.values()))
+    heldout = splits.get("test") or train
     if len(heldout) < eval_examples:
         raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
-                         "rows; lower it")
-    return train, random.Random(seed).sample(heldout, eval_examples)  # load_task takes them out of train
+                         "rows; lower it, or add rows")
+    heldout = random.Random(seed).sample(heldout, eval_examples)
+    where = f"{source}, {'line' if path.suffix == '.jsonl' else 'row'}"
+    return [[make_example(row, task, f"{where} {i}") for i, row in rows] for rows in (train, heldout)]
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -337,72 +310,37 @@ def read_jsonl(path: Path) -> list[dict]:
             try:
                 row = json.loads(line)  # as UTF-8
             except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}); "
-                                 "write one object a line") from None
+                row = str(error)
             if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not an object but {row!r:.60}; "
-                                 "write {\"prompt\": ...}")
+                raise InputError(f"{path}, line {number}: not a JSON object ({row!r:.80}); write one on "
+                                 'each line, like {"prompt": "2 + 2?"}')
             rows.append(row)
     return rows
 
 
-def read_with_datasets(path: Path, source: str) -> dict[str, list[dict]]:
-    """Every split that `datasets.load_dataset` finds in a file, a local folder or on the hub."""
-    import datasets  # a second of import that the embedded task needn't pay
-
-    datasets.disable_progress_bars()
-    is_local(source, source)
-    if path.is_file() and path.suffix not in FILE_TYPES:
-        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{source}: is empty")
-    try:
-        if path.is_file():
-            splits = datasets.load_dataset(FILE_TYPES[path.suffix], data_files=source)
-        elif path.is_dir():  # a clone of gsm8k keeps its configurations in folders; `main` is the wanted one
-            splits = datasets.load_dataset(str(path / "main" if (path / "main").is_dir() else path))
-        else:
-            splits = datasets.load_dataset(source, "main" if source == "openai/gsm8k" else None)
-        return {name: split.to_list() for name, split in splits.items()}
-    except Exception as error:
-        raise cannot_load(source, error) from error
-
-
-def prepare_row(row: dict, task: str, where: str) -> dict:
+def make_example(row: dict, task: str, where: str) -> dict:
     """The example made of one row, or an InputError that says where the bad row is."""
     if task == "countdown":
+        needed = "nums must be a list of at least two whole numbers and target a whole number"
         nums, target = row.get("nums"), row.get("target")
-        if not (isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])):
-            raise InputError(f"{where}: nums must be a list of at least two whole numbers and target a "
-                             f"whole number, not {nums!r} and {target!r}")
-        return {"nums": nums, "target": target}
-    if task == "gsm8k":
+        if isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target]):
+            return {"nums": nums, "target": target}
+    elif task == "gsm8k":
+        needed = "question and answer must be text, the answer with its number after ####"
         question, solution = row.get("question"), row.get("answer")
-        if not (isinstance(question, str) and isinstance(solution, str) and "####" in solution):
-            raise InputError(f"{where}: question and answer must be text, the answer with its number after "
-                             f"####, not {str(solution)[:60]!r}")
-        reasoning, answer = solution.rsplit("####", 1)
-        answer = answer.strip().replace(",", "")
-        return {"question": question, "answer": answer, "reasoning": reasoning.strip()}
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return row
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                               and isinstance(m.get("content"), str) for m in messages):
-        raise InputError(f"{where}: prompt must be text or a list of {{\"role\", \"content\"}} messages, "
-                         f"not {prompt!r:.80}")
-    return row
-
-
-def demonstration(example: dict, rng: random.Random) -> str:
-    """A completion to imitate in the cold start: the example's own, or a blind countdown attempt."""
-    if isinstance(example.get("completion"), str):
-        return example["completion"]
-    if "nums" in example and "target" in example:
-        return countdown_demonstration(example, rng)
-    raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
-                     "from; add one, or drop the flag")
+        if isinstance(question, str) and isinstance(solution, str) and "####" in solution:
+            reasoning, answer = solution.rsplit("####", 1)
+            answer = answer.strip().replace(",", "")
+            return {"question": question, "answer": answer, "reasoning": reasoning.strip()}
+    else:
+        needed = 'prompt must be text or a list of {"role", "content"} messages'
+        prompt = row.get("prompt")
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if prompt and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                          and isinstance(m.get("content"), str) for m in messages):
+            return row
+    shown = ", ".join(f"{column} = {value!r:.60}" for column, value in row.items())
+    raise InputError(f"{where}: {needed}; this row has {shown}")
 
 
 # ---- Policies ----------------------------------------------------------------------------------------------
@@ -420,20 +358,15 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = [
-        "numbers ", " target ", " + ", " - ", " * ", " = ", " < ", " > ", ", ",
-        "<think>", "</think>", "\n<answer>", "</answer>",
-    ]
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    words = ["numbers ", " target ", " + ", " - ", " * ", " = ", " < ", " > ", ", ",
+             "<think>", "</think>", "\n<answer>", "</answer>"]
     # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
-    numbers = [str(n) for n in range(10, MINI_LARGEST + 1)]
+    numbers = map(str, range(10, MINI_LARGEST + 1))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
-    special = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+                                                pad_token="<|pad|>", chat_template=CHAT_TEMPLATE)
 
 
 def tiny_config(tokenizer) -> transformers.Qwen2Config:
@@ -472,16 +405,12 @@ class Policy:
 def load_config(
     model: str, *, trust_remote_code: bool = False
 ) -> tuple[transformers.PreTrainedConfig, transformers.PreTrainedTokenizerBase]:
-    """A policy's config and tokenizer, which is all that planning needs: `embedded`, a local folder, or a hub
-    id; InputError without it."""
+    """Config and tokenizer, all that planning needs, of `embedded`, a folder or a hub id; or InputError."""
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
-    if Path(model).is_dir() and not Path(model, "config.json").is_file():
-        raise InputError(f"--model {model}: the folder has no config.json; give the folder that "
-                         "from_pretrained opens")
     config, tokenizer = (
-        from_pretrained(kind, model, f"--model {model}", trust_remote_code=trust_remote_code)
+        fetch(f"--model {model}", kind.from_pretrained, model, trust_remote_code=trust_remote_code)
         for kind in (transformers.AutoConfig, transformers.AutoTokenizer)
     )
     if tokenizer.eos_token_id is None:
@@ -497,10 +426,9 @@ def load_policy(
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
-        loaded = from_pretrained(
-            transformers.AutoModelForCausalLM, model, f"--model {model}", dtype=dtype,
-            attn_implementation="sdpa", trust_remote_code=trust_remote_code,
-        ).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        loaded = fetch(f"--model {model}", load, model, dtype=dtype, attn_implementation="sdpa",
+                       trust_remote_code=trust_remote_code)
         for p in loaded.parameters():  # a file's weights lie where they lie, and a product's last bits tell
             p.data = p.data.clone()
     declared = loaded.generation_config.eos_token_id
@@ -513,7 +441,7 @@ def reward_model_bytes(name: str | None, dtype: torch.dtype) -> int:
     """What a reward model's weights will take; read from its config alone."""
     if name is None:
         return 0
-    config = from_pretrained(transformers.AutoConfig, name, f"--reward-model {name}")
+    config = fetch(f"--reward-model {name}", transformers.AutoConfig.from_pretrained, name)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
     return sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -525,44 +453,29 @@ class RewardModel:
     def __init__(self, name: str, *, device: str, **options):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
         what = f"--reward-model {name}"
-        self.tokenizer = from_pretrained(transformers.AutoTokenizer, name, what)
-        self.model = from_pretrained(
-            transformers.AutoModelForSequenceClassification, name, what, **options
-        ).eval()
+        self.tokenizer = fetch(what, transformers.AutoTokenizer.from_pretrained, name, padding_side="right")
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        self.model = fetch(what, load, name, **options)
         if self.model.config.num_labels != 1:
-            raise InputError(f"--reward-model {name}: has {self.model.config.num_labels} labels; use one "
-                             "with a single label")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            raise InputError(f"{what}: has {self.model.config.num_labels} labels; use one with a single "
+                             "label")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.device = device
 
     @torch.no_grad()
     def scores(self, answers: list[tuple[str | list[dict], str]], batch_size: int = 16) -> list[float]:
         """One score for each (prompt, completion); chats go through the model's template, if it has one."""
-        rows = [self._encode(prompt, completion) for prompt, completion in answers]
+        rows = [encode_prompt(self.tokenizer, prompt, completion) for prompt, completion in answers]
         found = []
         self.model.to(self.device)
         try:
             for i in range(0, len(rows), batch_size):
-                batch = self.tokenizer.pad(
-                    {"input_ids": rows[i : i + batch_size]}, padding_side="right", return_tensors="pt"
-                )
+                batch = self.tokenizer.pad({"input_ids": rows[i : i + batch_size]}, return_tensors="pt")
                 found += self.model(**batch.to(self.device)).logits[:, 0].float().tolist()
         finally:
             self.model.to("cpu")
         return found
-
-    def _encode(self, prompt: str | list[dict], completion: str) -> list[int]:
-        if isinstance(prompt, str):
-            return encode_prompt(self.tokenizer, prompt + completion)
-        if prompt[-1]["role"] == "assistant":  # the open turn is a part of the answer
-            prompt, completion = prompt[:-1], prompt[-1]["content"] + completion
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        try:
-            return encode_prompt(self.tokenizer, messages, answered=True)
-        except InputError as error:
-            raise InputError(f"--reward-model: {error}") from error
 
 
 # ---- The run's files ---------------------------------------------------------------------------------------
@@ -671,7 +584,7 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
             # Renamed first, so that one half deleted is never taken for a checkpoint.
             shutil.rmtree(old.rename(folder / ".checkpoint.old"))
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
-        warn(f"{checkpoint.name} could not be saved ({str(error).splitlines()[0]}); older ones stay")
+        warn(f"{checkpoint.name} could not be saved ({textwrap.shorten(str(error), 200)}); older ones stay")
 
 
 def save_final(policy: Policy, folder: Path) -> None:
@@ -687,10 +600,9 @@ def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:
         return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"--resume: {checkpoint / STATE} can't be read ({reason}); use another checkpoint"
-                         ) from error
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read ("
+                         f"{textwrap.shorten(str(error), 200)}); use another checkpoint") from error
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
@@ -698,54 +610,45 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
     but None for `latest` of a named run: it starts, and whoever restarts it needs no other command."""
     place = Path(resume)
     if resume == "latest":
-        every = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
-        found = max(every, key=lambda c: c.stat().st_mtime, default=None)
-    elif (place / STATE).is_file():
-        found = place
+        found = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
     else:
-        found = next(reversed(checkpoints(place)), None)
-    if found is None and resume == "latest" and name:
+        found = [place] if (place / STATE).is_file() else checkpoints(place)[-1:]
+    if not found and resume == "latest" and name:
         return None
-    if found is None:
+    if not found:
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
-    return Path(os.path.abspath(found))  # of `.` too, the parent is the run's folder
+    newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
+    return Path(os.path.abspath(newest))  # of `.` too, the parent is the run's folder
 
 
 def go_back_to(folder: Path, step: int) -> list[dict]:
-    """Leave in a run's folder what a checkpoint of that step knows; returns its metrics. Later checkpoints are
-    renamed: they belong to the course that was left."""
+    """Leave in a run's folder what a checkpoint of that step knows; returns its metrics.
+
+    Later checkpoints are renamed: they belong to the course that was left.
+    """
     for later in checkpoints(folder):
         if int(step_of(later)) > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
-    keep_lines_up_to(folder / "samples.jsonl", step)
-    return keep_lines_up_to(folder / "metrics.jsonl", step)
-
-
-def keep_lines_up_to(path: Path, step: int) -> list[dict]:
-    """Cut a jsonl file back to what a checkpoint of that step knows; returns the lines kept."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):  # half a line, of a run that was killed here
-            records.append(json.loads(line))
-    kept = [record for record in records if record["step"] <= step]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    beside.replace(path)
-    return kept
+    records = {"samples.jsonl": [], "metrics.jsonl": []}
+    for path in (folder / name for name in records if (folder / name).exists()):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):  # half a line, of a run that was killed here
+                records[path.name].append(json.loads(line))
+        records[path.name] = [record for record in records[path.name] if record["step"] <= step]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in records[path.name]))
+        beside.replace(path)
+    return records["metrics.jsonl"]
 
 
 def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
     """What samples.jsonl keeps of a step: the first few prompts with all their completions."""
     return [
-        {
-            "step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
-            "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
-            "finished": e.completion.finished,
-        }
+        {"step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
+         "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
+         "finished": e.completion.finished}
         for e in episodes if e.group < groups
     ]
 
@@ -754,8 +657,8 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
     from matplotlib.figure import Figure  # draws without a display
 
-    parts = [name for name in metrics[0] if name.startswith("reward/")]
-    panels = [("reward", ["reward", *parts]), ("accuracy", ["accuracy"]),
+    rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
+    panels = [("reward", rewards), ("accuracy", ["accuracy"]),
               ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
     steps = [m["step"] for m in metrics]
     window = max(1, len(steps) // 20)
@@ -763,10 +666,9 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
         for i, name in enumerate(names):
             values = [m[name] for m in metrics]
-            recent = [values[max(0, j - window) : j] for j in range(1, len(values) + 1)]
+            means = [sum(values[max(0, j - window) : j]) / min(j, window) for j in range(1, len(values) + 1)]
             axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(steps, [sum(part) / len(part) for part in recent], color=f"C{i}", linewidth=2,
-                      label=name.removeprefix("reward/"))
+            axis.plot(steps, means, color=f"C{i}", linewidth=2, label=name.removeprefix("reward/"))
         if title == "accuracy":
             axis.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko-",
                       markersize=5, linewidth=1, label="held-out, greedy")
@@ -814,15 +716,13 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
 def side_by_side(before: list, after: list) -> str:
     """The shown held-out examples with the greedy answers before and after training, in two columns."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
-
-    def column(when: str, answer: str, solved: bool) -> list[str]:
-        wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
-        return [f"{when} ({'solved' if solved else 'not solved'})", *wrapped[:20]]
-
     lines = []
-    for (request, old, old_solved), (_, new, new_solved) in zip(before, after):
+    for (request, *old), (_, *new) in zip(before, after):
+        columns = []
+        for when, (answer, is_solved) in (("before", old), ("after", new)):
+            wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
+            columns.append([f"{when} ({'solved' if is_solved else 'not solved'})", *wrapped[:20]])
         lines += ["", *textwrap.wrap(request, 2 * width)]
-        columns = column("before", old, old_solved), column("after", new, new_solved)
         lines += [f"  {a:<{width}}| {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")]
     return "\n".join(lines)
 
@@ -844,17 +744,16 @@ def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -
     last = metrics[-patience:]
     if len(last) < patience:
         return
-    all_truncated = all(m["truncated_fraction"] == 1 for m in last)
+    all_cut = all(m["truncated_fraction"] == 1 for m in last)
+    no_spread = all(m["groups_without_spread"] == 1 for m in last) and not all_cut
+    all_alike = all(m["entropy"] < 1e-3 for m in last)
     troubles = {
-        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
-        "larger --group-size or --temperature, or a reward with more steps in it usually help":
-            all(m["groups_without_spread"] == 1 for m in last) and not all_truncated,
         "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
-        "--cold-start-steps to teach the form of an answer, usually help":
-            all_truncated,
+        "--cold-start-steps to teach the form of an answer, usually help": all_cut,
+        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
+        "larger --group-size or --temperature, or a reward with more steps in it usually help": no_spread,
         "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
-        "above 0 or a higher --temperature, from the start, usually help":
-            all(m["entropy"] < 1e-3 for m in last),
+        "above 0 or a higher --temperature, from the start, usually help": all_alike,
     }
     for message, is_so in troubles.items():
         if is_so and message not in warned:

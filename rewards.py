@@ -38,16 +38,6 @@ OPERATORS = {
 }
 
 
-def _between(text: str, opening: str, closing: str) -> str | None:
-    """Text between the first opening tag and the next closing one, None without such a pair.
-
-    Finds what re.search(f"{opening}(.*?){closing}", text, re.DOTALL) finds; but where no closing tag follows,
-    that pattern reads on to the end from every opening tag: 20,000 of them take over ten seconds.
-    """
-    inside, found, _ = text.partition(opening)[2].partition(closing)
-    return inside if found else None
-
-
 def countdown_format(completion: str, example: dict) -> float:
     r"""1.0 for `<think>…</think>\n<answer>…</answer>` and nothing around it, else 0.1 + 0.5 for pairs found.
 
@@ -55,13 +45,12 @@ def countdown_format(completion: str, example: dict) -> float:
     answer pair 0.5; a pair is an opening tag and a closing one anywhere after it.
     Source: GRPO-Zero and Improved-GRPO, whose `$` also forgives one newline at the very end.
     """
-    text = "<think>" + completion  # the prompt ends with the opening tag
-    _, turn, rest = text.partition("</think>\n<answer>")
+    # The prompt ends with the opening tag, so that any closing one makes a think pair.
+    _, turn, rest = completion.partition("</think>\n<answer>")
     if turn and rest.endswith("</answer>"):
         return 1.0
-    has_think = _between(text, "<think>", "</think>") is not None
-    has_answer = _between(text, "<answer>", "</answer>") is not None
-    return 0.1 * has_think + 0.5 * has_answer
+    has_answer = "</answer>" in completion.partition("<answer>")[2]
+    return 0.1 * ("</think>" in completion) + 0.5 * has_answer
 
 
 def countdown_strict_format(completion: str, example: dict) -> float:
@@ -112,9 +101,11 @@ def countdown_equation(completion: str, example: dict) -> float:
     example: `nums`, a list of ints, and `target`, an int.
     Source: GRPO-Zero, Improved-GRPO and nano-aha-moment, which `eval` the answer: `99**98**97` hangs them.
     """
-    answer = _between(completion, "<answer>", "</answer>")
+    # Not re.search("<answer>(.*?)</answer>"), which finds the same: where no closing tag follows, it reads on
+    # to the end from every opening one, and 20,000 of them take over ten seconds.
+    answer, closing, _ = completion.partition("<answer>")[2].partition("</answer>")
     try:
-        value = arithmetic_value(answer or "")
+        value = arithmetic_value(answer if closing else "")
     except ValueError:
         return 0.0
     used = [int(digits) for digits in re.findall("[0-9]+", answer)]
