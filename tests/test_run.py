@@ -272,14 +272,9 @@ def test_a_run_never_overwrites_another(tmp_path):
     {"beta": 0.1, "reference_every": 3, "updates_per_batch": 2, "clip_low": 0.1, "dtype": "bfloat16"},
     {"top_entropy": 0.2, "skip_truncated": False, "temperature": 0.7, "warmup_steps": 4},
 ])
-def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings):
+def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, own_task, settings):
     """The killed run is a copy of the uninterrupted one's folder as it was between steps 3 and 4."""
-    whole = quick(
-        tmp_path, "whole", steps=5, save_every=2, cold_start_steps=25, cold_start_lr=3e-3, learning_rate=1e-3,
-        prompts_per_step=8, max_new_tokens=16,
-        **settings
-    )
-    g.train(whole)
+    g.train(quick(tmp_path, "whole", steps=5, save_every=2, learning_rate=1e-3, **own_task, **settings))
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path / "whole", killed)
     for name in ("checkpoint-4", "final"):
@@ -287,7 +282,7 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, settings
     (killed / "summary.json").unlink()
     (killed / ".partial").mkdir()  # left behind by a kill in the middle of a save
 
-    config = g.parse_command_line(["--resume", str(killed)])
+    config = g.parse_command_line(["--resume", str(killed), "--reward", *own_task["reward"]])
     assert config.steps == 5 and config.beta == settings.get("beta", 0.0)  # taken over from the checkpoint
     g.train(config)
     drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
