@@ -4,7 +4,7 @@
     python tests/bench_memory.py --size 1.5b        the same for 1.5B, optimizer in host memory (takes 14 GB)
     python tests/bench_memory.py --head 2048 65536  what token_logprobs takes for so many tokens
     python tests/bench_memory.py --remainder        weights that move at lr 1e-6, with and without remainder
-    python tests/bench_memory.py --checkpointing    time with all layers checkpointed over that with none
+    python tests/bench_memory.py --recomputation    time with all layers computed again over that with none
 
 Without a GPU, bytes are those of all tensors alive, counted at each operation while real ones are computed.
 With CUDA, the first two commands run two whole steps under a hard cap of 11.5 GiB instead.
@@ -70,12 +70,12 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def micro_batch(model, backbone, head, ids: torch.Tensor, checkpointed: int, top_entropy: float) -> None:
+def micro_batch(model, backbone, head, ids: torch.Tensor, recomputed: int, top_entropy: float) -> None:
     """Forward and backward as the training loop does it: full-length rows, a share of the answers' tokens."""
     counts = torch.zeros(ids.shape, dtype=torch.bool)
     counts[:, PROMPT - 1 : -1] = torch.rand(len(ids), NEW) < top_entropy
     targets = ids.roll(-1, 1)[counts.to(ids.device)]
-    with memory.checkpoint_layers(model, checkpointed):
+    with memory.recompute_layers(model, recomputed):
         prompts, answers = ids[:, :PROMPT].tolist(), ids[:, PROMPT:].tolist()
         hidden, places = memory.packed_hidden_states(backbone, prompts, answers)
         hidden = hidden[places[counts].to(ids.device)]
@@ -133,8 +133,7 @@ def make_model(size: str, device: str = "cpu"):
         model = Qwen2ForCausalLM(qwen(size)).eval()
     torch.set_default_dtype(torch.float32)
     memory.sum_gradients_in_fp32(model.parameters())
-    memory.allow_packing(model)
-    return (model, *memory.plain_head(model))
+    return (model, *memory.prepare_model(model))
 
 
 def make_plan(size: str, budget_bytes: int = 10**15, **choices) -> memory.MemoryPlan:
@@ -167,11 +166,11 @@ def compare_on_cpu(size: str, micro_batch_rows: list[int], sampler_rows: list[in
     for rows in micro_batch_rows:
         ids = torch.randint(model.config.vocab_size, (rows, PROMPT + NEW))
         for k in (layers, layers // 2, 0):
-            choices = {"micro_batch_tokens": ids.numel(), "checkpointed_layers": k}
+            choices = {"micro_batch_tokens": ids.numel(), "recomputed_layers": k}
             plan = make_plan(size, offload_optimizer=True, **choices)
             with LiveBytes(*params, *grads) as live:
                 micro_batch(model, backbone, head, ids, k, 0.2)
-            what = f"update, {ids.numel()} tokens, {k} of {layers} layers checkpointed"
+            what = f"update, {ids.numel()} tokens, {k} of {layers} layers again"
             line(what, plan.update_peak_bytes, live.peak)
 
     if size == "0.5b":
@@ -180,9 +179,10 @@ def compare_on_cpu(size: str, micro_batch_rows: list[int], sampler_rows: list[in
         with LiveBytes(*params, *grads) as live:
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
-        state = plan.remainder + plan.moments
-        line("optimizer's state", state, live.now - plan.weights - plan.gradients)
-        line("optimizer's step, with its state", plan.weights + plan.gradients + state + plan.step, live.peak)
+        weights, gradients = plan.held["weights"], plan.update["gradients, float32"]
+        state, step = sum(plan.held.values()) - weights, plan.update["or instead: the optimizer's step"]
+        line("optimizer's state", state, live.now - weights - gradients)
+        line("optimizer's step, with its state", weights + gradients + state + step, live.peak)
 
 
 def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
@@ -195,8 +195,8 @@ def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
     optimizer = memory.AdamW8bit(model.parameters(), lr=1e-6, offload=offload)
     reference = memory.ReferencePolicy(model)
     episodes = torch.randint(model.config.vocab_size, (PROMPTS * GROUP, PROMPT + NEW), device="cuda")
-    batches = memory.micro_batches([PROMPT + NEW] * len(episodes), plan.micro_batch_tokens)
-    waiting = plan.max_rows < len(episodes)
+    batches = memory.micro_batches([PROMPT + NEW] * len(episodes), plan.limits.micro_batch_tokens)
+    waiting = plan.limits.max_rows < len(episodes)
 
     def report(what: str, planned: int) -> None:
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -206,14 +206,14 @@ def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
 
     for step in (1, 2):
         start = time.perf_counter()
-        rollout(model, plan.max_rows, PROMPT + NEW + (NEW // 2 if waiting else 0))
+        rollout(model, plan.limits.max_rows, PROMPT + NEW + (NEW // 2 if waiting else 0))
         report(f"step {step}: rollout (its widest moment only)", plan.rollout_peak_bytes)
         with reference.swapped_in(), torch.no_grad():
             for batch in batches:
                 hidden = backbone(episodes[batch], use_cache=False).last_hidden_state[:, PROMPT - 1 : -1]
                 memory.token_logprobs(hidden.flatten(0, 1), head, episodes[batch][:, PROMPT:].flatten())
         for batch in batches:
-            micro_batch(model, backbone, head, episodes[batch], plan.checkpointed_layers, 0.2)
+            micro_batch(model, backbone, head, episodes[batch], plan.limits.recomputed_layers, 0.2)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -263,22 +263,22 @@ def show_remainder(steps: int = 200, lr: float = 1e-6) -> None:
     print(f"masters equal the library's float32 weights bit for bit: {torch.equal(master, exact.data)}")
 
 
-def time_checkpointing(size: str, repeats: int = 4) -> None:
+def time_recomputation(size: str, repeats: int = 4) -> None:
     """Seconds for forward and backward of one episode; on a CPU those of this process, whatever else runs."""
     device, clock = ("cuda", time.perf_counter) if torch.cuda.is_available() else ("cpu", time.process_time)
     model, backbone, head = make_model(size, device)
     layers = model.config.num_hidden_layers
     ids = torch.randint(model.config.vocab_size, (1, PROMPT + NEW), device=device)
     seconds: dict[int, list[float]] = {0: [], layers: []}
-    for checkpointed in [0, layers] * (repeats + 1):
+    for recomputed in [0, layers] * (repeats + 1):
         start = clock()
-        micro_batch(model, backbone, head, ids, checkpointed, 0.2)
+        micro_batch(model, backbone, head, ids, recomputed, 0.2)
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds[checkpointed].append(clock() - start)
-    for checkpointed, measured in seconds.items():  # the first of each warmed up
+        seconds[recomputed].append(clock() - start)
+    for recomputed, measured in seconds.items():  # the first of each warmed up
         rounded = [round(s, 2) for s in measured[1:]]
-        print(f"{checkpointed} of {layers} layers checkpointed, seconds:", *rounded)
+        print(f"{recomputed} of {layers} layers computed again, seconds:", *rounded)
     print(f"all over none, best of {repeats}: {min(seconds[layers][1:]) / min(seconds[0][1:]):.2f}")
 
 
@@ -291,13 +291,13 @@ def main() -> None:
     parser.add_argument("--sampler-rows", type=int, nargs="*", default=[64, 128, 256])
     parser.add_argument("--head", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--remainder", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--recomputation", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.remainder:
         show_remainder()
-    elif options.checkpointing:
-        time_checkpointing(options.size)
+    elif options.recomputation:
+        time_recomputation(options.size)
     elif options.head:
         for tokens in options.head:
             measure_head(tokens)

@@ -21,19 +21,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import grpo_scratch as g
 
 ALGORITHM = (
-    "temperature", "loss_temperature", "advantage_std", "advantage_eps", "skip_truncated",
-    "updates_per_batch", "clip_low", "clip_high", "beta", "reference_every", "aggregation", "top_entropy",
-    "max_grad_norm",
+    "temperature", "loss_temperature", "advantage_std", "advantage_eps", "skip_truncated", "refill_rounds",
+    "updates_per_batch", "ratio", "surrogate", "clip_low", "clip_high", "beta", "reference_every",
+    "aggregation", "top_entropy", "max_grad_norm",
 )
 
 
 def algorithms() -> dict[str, dict]:
-    """Recipe name -> the settings that make its algorithm, with two more rows from the papers."""
+    """Recipe name -> the settings that make its algorithm, with one more row from the paper."""
     rows = {}
     for recipe in g.RECIPES:
         config = g.make_config(recipe)
         rows[recipe] = {name: getattr(config, name) for name in ALGORITHM}
-    rows["dr-grpo"] = {"advantage_std": "none", "aggregation": "constant"}
+        if config.overlong_buffer:  # the recipe's is a quarter of its length
+            rows[recipe]["overlong_buffer"] = g.make_config("tiny").max_new_tokens // 4
     rows["grpo paper"] = {"updates_per_batch": 2, "aggregation": "sequence", "beta": 0.04}
     return rows
 

@@ -25,8 +25,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 # As grpo_scratch sets it for idle threads. It counts from before torch is loaded, for both sides.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -81,6 +82,7 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
     import grpo_scratch as grpo  # isort: skip (before torch)
     import torch
 
+    import data
     import memory
 
     cuda = torch.cuda.is_available()
@@ -95,10 +97,10 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
         max_new_tokens=asked.new_tokens,
         learning_rate=RATE,
     )
-    policy = grpo.open_policy(folder, config, device, dtype)
-    longest = grpo.tokenize(policy, examples, asked.new_tokens)
-    plan = memory.plan(
-        policy.model.config,
+    model_config, tokenizer = data.load_config(folder)
+    longest = data.tokenize(tokenizer, model_config, examples, asked.new_tokens)
+    limits = memory.plan(
+        model_config,
         prompt_tokens=longest,
         max_new_tokens=asked.new_tokens,
         prompts=asked.prompts,
@@ -108,33 +110,32 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
             int(asked.budget_gib * 2**30) if asked.budget_gib else memory.detect_budget_bytes(device)
         ),
         micro_batch_tokens=None if asked.model else config.micro_batch_tokens,
-    )
+    ).limits
+    policy = grpo.open_policy(folder, tokenizer, dtype=dtype, device=device)
     optimizer = memory.AdamW8bit(policy.model.parameters(), lr=RATE)
-    generator = torch.Generator(device).manual_seed(0)
-    rng = random.Random(0)
+    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
 
     watch = Stopwatch(cuda)
     watch.watch(grpo, "sample", "sampling")
-    watch.watch(grpo, "lesson_logprobs", "forward")
+    watch.watch(grpo, "sequence_logprobs", "forward")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(optimizer, "step", "optimizer")
+    run = SimpleNamespace(
+        policy=policy, config=config, limits=limits, score=lambda examples, texts: [(0.0, {}) for _ in texts],
+        sampler=partial(
+            grpo.sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id
+        ),
+    )
     watch.start()
     for i in range(0, len(examples), asked.prompts):
         episodes = grpo.rollout(
-            policy,
-            examples[i : i + asked.prompts],
-            {"weights": {}},
-            plan,
-            group_size=GROUP,
-            generator=generator,
-            max_new_tokens=asked.new_tokens,
-            temperature=1.0,
+            run, examples[i : i + asked.prompts], group_size=GROUP, temperature=1.0, generator=generator
         )
         rewards = torch.tensor([rng.random() for _ in episodes])
         advantages = grpo.group_advantages(rewards, torch.tensor([episode.group for episode in episodes]))
         for episode, advantage in zip(episodes, advantages.tolist()):
             episode.advantage = advantage
-        grpo.update(policy, None, optimizer, grpo.make_lessons(episodes, config), config, plan)
+        grpo.update(policy, None, optimizer, grpo.train_sequences(episodes, config), config, limits)
         watch.step_ends(sum(len(episode.completion.ids) for episode in episodes))
     return watch
 
@@ -238,7 +239,9 @@ def save_inputs(folder: str, asked) -> None:
         examples = [{"prompt": f"{i:>150}"} for i in range(wanted)]  # a token for each character
     else:
         task = "countdown" if asked.model else "mini-countdown"
-        model, tokenizer = data.load_policy(asked.model or "embedded", dtype=torch.float32, device="cpu")
+        name = asked.model or "embedded"
+        _, tokenizer = data.load_config(name)
+        model = data.load_policy(name, tokenizer, dtype=torch.float32, device="cpu").model
         examples, _ = data.load_task(task, train_examples=wanted, eval_examples=1, seed=0)
         examples = [examples[i % len(examples)] for i in range(wanted)]
     model.save_pretrained(folder)
