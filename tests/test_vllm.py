@@ -337,11 +337,11 @@ def metrics_of(folder):
 
 @needs_vllm
 def test_a_run_learns_as_much_as_with_our_own_sampler(tmp_path):
-    g.train(config_of(tmp_path, "start", steps=0, cold_start_steps=400))
+    g.train(config_of(tmp_path, "start", steps=0, cold_start_steps=150))
     risen, before = {}, {}
     for sampler in ("own", "vllm"):
         g.train(config_of(tmp_path, sampler, sampler=sampler, model=str(tmp_path / "start" / "final"), steps=40,
-                          prompts_per_step=32, group_size=8, eval_examples=40, updates_per_batch=1))
+                          prompts_per_step=16, group_size=8, eval_examples=40, learning_rate=1e-3))
         metrics = metrics_of(tmp_path / sampler)
         mean = lambda part: sum(m["accuracy"] for m in part) / len(part)
         risen[sampler] = mean(metrics[-10:]) - mean(metrics[:5])
@@ -349,11 +349,9 @@ def test_a_run_learns_as_much_as_with_our_own_sampler(tmp_path):
         assert all(m["sampler_gap"] < 1e-4 for m in metrics)
         if sampler == "vllm":
             assert all(abs(m["importance"] - 1) < 1e-4 and m["importance_capped"] == 0 for m in metrics)
-            assert all(m["entropy"] > 0.01 for m in metrics)
-    print(risen)
-    assert before["own"] == before["vllm"]
-    assert risen["own"] > 0.1 and risen["vllm"] > 0.1
-    assert abs(risen["own"] - risen["vllm"]) < 0.15
+            assert all(m["entropy"] > 0.1 for m in metrics)
+    assert before["own"] == before["vllm"]  # greedy
+    assert min(risen.values()) > 0.08 and abs(risen["own"] - risen["vllm"]) < 0.12, risen
 
 
 @needs_vllm
