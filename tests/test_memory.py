@@ -937,7 +937,8 @@ def test_more_memory_is_used_for_less_work():
 
 
 def test_an_engine_has_weights_and_cache_of_its_own_and_sleeps_only_on_a_gpu():
-    weights, (without, sleeps, stays) = 494_032_768 * 2, (
+    weights = 494_032_768 * 2
+    without, sleeps, stays = (
         plan(HALF_B, max_rows=64, engine=engine) for engine in (None, "cuda", "cpu")
     )
     episode = 1280  # 256 + 1024, whole blocks; 12 KB a token
