@@ -61,6 +61,11 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"ratio": "group"}, "token, answer"), ({"surrogate": "ppo"}, "clip, cispo"),
     ({"refill_rounds": -1}, "at least 0"), ({"warmup_steps": -1}, "at least 0"),
     ({"overlong_buffer": 9, "max_new_tokens": 8}, "at most --max-new-tokens, 8"),
+    ({"sampler": "sglang"}, "own, vllm"), ({"importance_cap": -1.0}, "at least 0"),
+    ({"reference_url": "http://x", "cold_start_steps": 0}, "--reference-url http://x: .*give --beta above 0"),
+    ({"reference_url": "http://x", "beta": 0.1}, "--cold-start-steps 0"),  # tiny has one
+    ({"recipe": "improved", "reference_url": "http://x", "loss_temperature": 1.0}, "--reference-every 0"),
+    ({"recipe": "improved", "reference_url": "http://x", "reference_every": 0}, "--loss-temperature 1"),
 ])
 def test_bad_settings_are_refused_with_what_is_allowed(override, told):
     with pytest.raises(g.InputError, match=told):
@@ -878,3 +883,93 @@ def test_sampler_and_update_agree_on_logprobs(beta):
     torch.testing.assert_close(
         entropies, torch.tensor([x for c in expected for x in c.entropies]), rtol=0, atol=1e-4
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Another engine as the sampler
+
+
+def another_engine(policy, shift, temperature=0.7, top_entropy=1.0, **changes):
+    """A run whose sampler has our sampler's ids, log-probabilities `shift` more, and no entropies; and what
+    our sampler gave."""
+    config = update_config(temperature=temperature, top_entropy=top_entropy, skip_truncated=False,
+                           prompts_per_step=3, group_size=4, learning_rate=1e-3, **changes)
+    sampled, ours = [], partial(g.sample, policy.model, eos_token_id=list(range(60)), pad_token_id=0)
+
+    def sampler(prompts, **options):
+        sampled[:] = ours(prompts, **options)
+        flat = iter(shift)
+        return [g.Completion(c.ids, [x + next(flat) for x in c.logprobs], [], c.finished) for c in sampled]
+
+    rows = [{"prompt_ids": ids} for ids in ([40, 41, 42], [50] * 9, [60, 61])]
+    run = g.Run(config, "cpu", None, policy, rows, rows, sampler, lambda examples, texts: [
+        (float(i % 3), {"r": float(i % 3)}) for i in range(len(texts))
+    ], None, limits(micro_batch_tokens=60), RecordedStep(policy.model), torch.Generator().manual_seed(0))
+    return run, sampled
+
+
+@pytest.mark.parametrize("cap, temperature, changes", [
+    (2.0, 1.0, {}), (1.05, 0.7, {}), (0.0, 0.7, {}), (1.05, 0.7, {"top_entropy": 0.4}),
+    (2.0, 0.7, {"updates_per_batch": 2}),
+])
+def test_another_engines_answers_are_learned_from_with_truncated_importance(cap, temperature, changes):
+    policy, shift = a_policy(), (torch.rand(200, dtype=torch.float64) * 0.4 - 0.2).tolist()
+    run, sampled = another_engine(policy, shift, temperature, importance_cap=cap, **changes)
+    metrics, episodes = g.grpo_step(run)
+
+    count = sum(len(c.ids) for c in sampled)
+    apart = np.array(shift[:count])
+    ratios = np.exp(-apart)  # our sampler has the update's own log-probabilities
+    assert metrics["sampler_gap"] == pytest.approx(np.abs(apart).mean(), abs=1e-6)
+    entropies = np.concatenate([c.entropies for c in sampled])
+    np.testing.assert_allclose(np.concatenate([e.completion.entropies for e in episodes]), entropies, atol=1e-4)
+    if cap:
+        assert metrics["importance"] == pytest.approx(np.minimum(ratios, cap).mean(), rel=1e-5)
+        assert metrics["importance_capped"] == pytest.approx((ratios > cap).mean())
+    else:
+        assert metrics["importance"] is None and metrics["importance_capped"] is None
+
+    # The gradient, by plain autograd through the model's own logits in float64.
+    model = transformers.AutoModelForCausalLM.from_config(policy.model.config, attn_implementation="eager")
+    model.load_state_dict(policy.model.state_dict())
+    model.double()
+    weights = iter(np.minimum(ratios, cap) if cap else np.ones(count))
+    kept = iter(entropies >= np.quantile(entropies, 1 - run.config.top_entropy) - 1e-9)
+    loss = 0.0
+    for e in episodes:
+        logits = model(torch.tensor([e.prompt + e.completion.ids])).logits[0, len(e.prompt) - 1 : -1]
+        logprobs = (logits / temperature).log_softmax(-1)
+        for row, token in zip(logprobs, e.completion.ids):
+            weight, keep = next(weights), next(kept)
+            loss = loss - keep * weight * e.advantage * row[token] / count
+    loss.backward()
+    for got, p in zip(run.optimizer.gradients[0], model.parameters()):
+        torch.testing.assert_close(got.double(), p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_our_own_samplers_gap_is_measured_where_it_costs_nothing():
+    episodes = some_episodes(a_policy())
+    for e in episodes:
+        e.completion.logprobs = [x + 0.01 for x in e.completion.logprobs]
+    for updates in (1, 2):
+        config = update_config(updates_per_batch=updates)
+        _, metrics = gradients_of_update(a_policy(), config, 40, episodes=episodes)
+        assert metrics["sampler_gap"] == pytest.approx(0.01, abs=1e-5)
+        assert metrics["importance"] is None
+    _, metrics = gradients_of_update(a_policy(), update_config(loss_temperature=0.5), 40, episodes=episodes)
+    assert metrics["sampler_gap"] is None  # another distribution's log-probabilities
+
+
+def test_a_sampler_too_far_from_the_policy_ends_the_run():
+    run, _ = another_engine(a_policy(), [0.19, -0.19] * 100)
+    assert g.grpo_step(run)[0]["sampler_gap"] == pytest.approx(0.19, abs=1e-3)
+    run, _ = another_engine(a_policy(), [0.21, -0.21] * 100)
+    with pytest.raises(g.InputError, match=r"0\.21 nats from the sampler's.*other weights or another temp"):
+        g.grpo_step(run)
+    assert run.step == 0 and run.optimizer.gradients == []
+
+
+def test_sampled_numbers_that_are_not_finite_skip_the_step():
+    run, _ = another_engine(a_policy(), [math.nan] * 200)
+    metrics, _ = g.grpo_step(run)
+    assert metrics["bad_updates"] == 1 and metrics["sampler_gap"] is None and "not finite" in metrics["skipped"]

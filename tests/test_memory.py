@@ -936,6 +936,20 @@ def test_more_memory_is_used_for_less_work():
     assert work[-1] < work[0]
 
 
+def test_an_engine_has_weights_and_cache_of_its_own_and_sleeps_only_on_a_gpu():
+    weights = 494_032_768 * 2
+    without, sleeps, stays = (
+        plan(HALF_B, max_rows=64, engine=engine) for engine in (None, "cuda", "cpu")
+    )
+    episode = 1280  # 256 + 1024, whole blocks; 12 KB a token
+    assert sleeps.kv_cache_bytes == stays.kv_cache_bytes == 65 * episode * 24 * 2 * 2 * 64 * 2
+    for made in (sleeps, stays):
+        assert made.rollout_peak_bytes > sum(without.held.values()) + weights + made.kv_cache_bytes
+        assert "vLLM: weights" in made.table() and "vLLM: KV cache, 64 rows" in made.table()
+    assert sleeps.update_peak_bytes == without.update_peak_bytes
+    assert stays.update_peak_bytes == without.update_peak_bytes + weights + stays.kv_cache_bytes
+
+
 def test_choices_that_are_given_are_kept():
     made = plan(HALF_B, micro_batch_tokens=2000, recomputed_layers=5, max_rows=7).limits
     assert (made.micro_batch_tokens, made.recomputed_layers, made.max_rows) == (2000, 5, 7)

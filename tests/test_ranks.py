@@ -1,11 +1,13 @@
-"""memory.py among several ranks: three and two processes on CPUs train what one process trains.
+"""Several ranks: three and two processes on CPUs train what one process trains, parts and whole runs.
 
 torchrun starts this file as three workers, which join as three ranks and then, to save the imports, two of them
 as two ranks; what they did is read from their files.
 Gradients of `EXACT` are multiples of 2^-12, whose sums are exact in any order: there every bit must agree.
 """
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -17,8 +19,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import data
+import grpo_scratch as g
 import memory
 
 SHAPES = [(300, 40), (97, 64), (5000,), (70, 70), (50,), (33,), (10,)]
@@ -348,6 +352,166 @@ def test_alone_nothing_is_shared_and_the_norm_is_torchs_own():
     assert all(same(p.grad, q.grad) for p, q in zip(params, plain) if q.grad is not None)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+SCRIPT = Path(g.__file__)
+SMALL = {"model": "embedded", "task": "mini-countdown", "prompt_format": None, "device": "cpu",
+         "memory_budget_gib": 1.0, "cold_start_steps": 0, "prompts_per_step": 5, "group_size": 4,
+         "max_new_tokens": 10, "eval_examples": 5, "eval_every": 0, "save_every": 1, "keep_checkpoints": 0,
+         "skip_truncated": False, "learning_rate": 5e-4}
+ALGORITHMS = ("tiny", "improved", "lm-book")
+
+
+def length_reward(folder):
+    """A reward with spread in every group, in a file as a user would bring it."""
+    path = folder / "length_reward.py"
+    path.write_text("def length(completion, example):\n    return len(completion) % 7 / 6\n")
+    return [f"{path}:length"]
+
+
+def run_of(folder, algorithm, ranks, **changes):
+    settings = {**SMALL, "reward": length_reward(folder), "output_dir": str(folder), "steps": 1,
+                "name": f"{algorithm}-{ranks}", **changes}
+    return g.make_config(algorithm, **settings)
+
+
+def whole_runs(folder, ranks):
+    """What each rank does: a step of each algorithm, ten of one, and one more from a checkpoint of three."""
+    length_reward(folder)
+    for algorithm in ALGORITHMS:
+        g.train(run_of(folder, algorithm, ranks))
+    if ranks == 3:
+        run = g.open_run(run_of(folder, "tiny", "ten"))
+        g.start(run)
+        for _ in range(10):
+            g.grpo_step(run)
+        weights = [p.data for p in run.policy.model.parameters()]
+        torch.save(weights, folder / f"ten-{dist.get_rank()}.pt")
+    else:
+        dist.barrier()
+        g.train(resumed(folder, "tiny-3"))
+
+
+def resumed(folder, name):
+    return g.parse_command_line(["--resume", str(folder / name / "checkpoint-1"), "--steps", "2",
+                                 "--reward", *length_reward(folder)])
+
+
+def metrics_of(folder, name):
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_in(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def alike(a, b):
+    """All figures of two steps' metrics, but for timings, to float32's rounding."""
+    told = ("reward", "accuracy", "completion_length", "entropy", "loss", "kl", "grad_norm", "groups_drawn")
+    return all(a[name] == (b[name] and pytest.approx(b[name], rel=1e-4, abs=1e-6)) for name in told)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_first_step_of_two_and_three_ranks_is_that_of_one(folder, algorithm):
+    g.train(run_of(folder, algorithm, 1))
+    one = folder / f"{algorithm}-1"
+    for ranks in (2, 3):
+        several = folder / f"{algorithm}-{ranks}"
+        assert (several / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+        assert alike(metrics_of(folder, one.name)[0], metrics_of(folder, several.name)[0])
+        before, after = weights_in(one / "final"), weights_in(several / "final")
+        apart = torch.cat([(before[k] - after[k]).abs().flatten() for k in before])
+        # Adam's first step makes a whole step of gradients near zero, whatever their sign.
+        assert apart.max() <= 2.1 * SMALL["learning_rate"] * (3 if algorithm == "lm-book" else 1)
+        assert (apart < 0.02 * SMALL["learning_rate"]).float().mean() > 0.99
+
+
+def test_after_ten_steps_all_ranks_have_the_same_weights(folder):
+    first, *others = (torch.load(folder / f"ten-{rank}.pt") for rank in range(3))
+    assert all(same(a, b) for other in others for a, b in zip(first, other))
+
+
+def test_what_three_ranks_saved_goes_on_with_one_as_with_two(folder):
+    with_two = metrics_of(folder, "tiny-3")
+    assert [m["step"] for m in with_two] == [1, 2]  # the workers have gone on already
+    g.train(resumed(folder, "tiny-3"))
+    assert alike(with_two[1], metrics_of(folder, "tiny-3")[1])
+
+
+def start_two(folder, *flags):
+    """torchrun's two ranks of an endless run."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT,
+               "--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--cold-start-steps", "0",
+               "--steps", "9999", "--prompts-per-step", "4", "--group-size", "4", "--eval-examples", "4",
+               "--save-every", "1", "--output-dir", folder, "--name", "run", *flags]
+    return subprocess.Popen(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def until_step(process, step):
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.startswith(f"step {step}/"):
+            return "".join(told)
+    raise AssertionError("".join(told)[-3000:])
+
+
+def test_a_reward_that_raises_on_one_rank_ends_all_with_its_message_once_and_the_steps_saved(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import os\ncalls = []\ndef late(completion, example):\n    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 22:\n        raise KeyError('of rank 1')\n"
+        "    return len(completion) % 7 / 6\n")
+    process = start_two(tmp_path, "--reward", f"{tmp_path}/own.py:late", "--save-every", "0")
+    told = process.communicate(timeout=100)[0]
+    assert process.returncode != 0
+    assert told.count("error: reward 'own.late' raised KeyError: 'of rank 1'") == 1
+    saved = data.checkpoints(tmp_path / "run")  # 2 of 4 held-out answers, then 8 a step
+    assert [data.step_of(path) for path in saved] == ["2"]
+
+
+@pytest.mark.parametrize("fault", ["kill -9", "SIGTERM"])
+def test_a_rank_that_is_killed_or_a_stop_leaves_a_whole_checkpoint(tmp_path, fault):
+    process = start_two(tmp_path)
+    until_step(process, 2)
+    if fault == "kill -9":
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=100)[0]
+    assert process.returncode != 0, told
+    if fault == "SIGTERM":
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["stopped_by"] == signal.SIGTERM
+        assert data.step_of(data.checkpoints(tmp_path / "run")[-1]) == str(summary["steps"])
+    step = int(data.step_of(data.checkpoints(tmp_path / "run")[-1]))
+    again = g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--steps", str(step + 1)]))
+    assert again["steps"] == step + 1
+
+
+def test_more_ranks_than_prompts_and_ranks_that_differ_are_refused(monkeypatch, tmp_path):
+    config = run_of(tmp_path, "tiny", 0, prompts_per_step=2)
+    monkeypatch.setattr(memory, "my_rank", lambda: (0, 3))
+    monkeypatch.setattr(memory, "gather", lambda attempt: attempt() * 3)
+    with pytest.raises(data.InputError, match="--prompts-per-step 2: 3 ranks need at least as many"):
+        g.open_run(config)
+    monkeypatch.setattr(memory, "gather", lambda attempt: [*attempt(), {"seed": 1}])
+    with pytest.raises(data.InputError, match="different settings"):
+        g.open_run(config)
+
+
+def test_a_named_run_that_has_no_checkpoint_yet_starts(tmp_path):
+    flags = ["--recipe", "tiny", "--device", "cpu", "--resume", "latest", "--name", "new", "--output-dir",
+             str(tmp_path), "--steps", "1", "--cold-start-steps", "0", "--prompts-per-step", "2",
+             "--eval-examples", "2", "--save-every", "1"]
+    assert g.train(g.parse_command_line(flags))["steps"] == 1
+    flags[flags.index("--steps") + 1] = "2"
+    assert g.train(g.parse_command_line(flags))["steps"] == 2
+    assert [m["step"] for m in metrics_of(tmp_path, "new")] == [1, 2]
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for ranks in (3, 2):
@@ -356,4 +520,5 @@ if __name__ == "__main__":
             how = {"init_method": f"file://{folder}/two", "rank": rank, "world_size": 2} if ranks == 2 else {}
             dist.init_process_group("gloo", **how)
             work(folder)
+            whole_runs(folder, ranks)
             dist.destroy_process_group()

@@ -29,8 +29,8 @@ METRICS = {
     "step", "reward", "accuracy", "completion_length", "truncated_fraction", "groups_without_spread",
     "entropy", "loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min",
     "ratio_max", "grad_norm", "bad_updates", "updates", "groups_drawn", "groups_kept",
-    "learning_rate", "skipped", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "seconds",
-    "peak_memory_bytes",
+    "sampler_gap", "importance", "importance_capped", "learning_rate", "skipped", "waited_seconds",
+    "sampling_tokens_per_second", "update_tokens_per_second", "seconds", "peak_memory_bytes",
 }
 
 

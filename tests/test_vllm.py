@@ -1,16 +1,19 @@
 """A real vLLM engine as sampler and a real vLLM server as reference, on a small Qwen2; on the CPU build too.
 
-What needs vLLM is skipped without it. Still to come: whole runs with `--sampler vllm` and `--reference-url`.
+What needs vLLM is skipped without it.
 """
 
 import copy
+import dataclasses
 import importlib.util
+import json
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy
@@ -219,8 +222,8 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A vLLM server of a policy that has moved away from `tiny_policy(seed=1)`, with a secret."""
+def served_policy(tmp_path_factory):
+    """A policy that has moved away from `tiny_policy(seed=1)`, on disk."""
     folder = tmp_path_factory.mktemp("reference")
     model, tokenizer = data.tiny_policy(seed=1)
     torch.manual_seed(5)
@@ -229,26 +232,36 @@ def server(tmp_path_factory):
             p += 0.1 * p.std().nan_to_num() * torch.randn_like(p)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer)
+
+
+@contextmanager
+def serving(policy):
+    """A vLLM server of that policy, with a secret."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    with open(folder / "log", "w") as log:
+    with open(policy.folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy.folder),
              "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
              "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager"],
             env={**environment, "VLLM_API_KEY": "hush"}, stdout=log, stderr=log, start_new_session=True,
         )
     try:
-        yield SimpleNamespace(
-            url=f"http://127.0.0.1:{port}", model=model, tokenizer=tokenizer, process=process,
-            log=folder / "log",
-        )
+        yield SimpleNamespace(**vars(policy), url=f"http://127.0.0.1:{port}", process=process,
+                              log=policy.folder / "log")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(served_policy):
+    with serving(served_policy) as started:
+        yield started
 
 
 def connect(server, tokenizer=None, patience_seconds=150, **settings):
@@ -256,7 +269,7 @@ def connect(server, tokenizer=None, patience_seconds=150, **settings):
     try:
         return memory.ReferenceServer(
             server.url, tokenizer or server.tokenizer, longest=400, patience_seconds=patience_seconds,
-            stop=lambda: server.process.poll() is not None, **settings,
+            **settings,
         )
     except memory.NoReference:
         pytest.fail(f"the server didn't start:\n{server.log.read_text()[-3000:]}")
@@ -306,18 +319,123 @@ def test_a_server_of_another_model_tokenizer_or_vocabulary_is_refused(server, mo
 
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "guessed")
     with pytest.raises(memory.NoReference, match="GRPO_REFERENCE_TOKEN"):
-        connect(server)
+        memory.ReferenceServer(server.url, server.tokenizer, longest=400)
+
+
+# ---- Whole runs
+
+
+def config_of(tmp_path, name, **changes):
+    settings = {"output_dir": str(tmp_path), "name": name, "device": "cpu", "cold_start_steps": 0,
+                "prompts_per_step": 4, "group_size": 4, "eval_examples": 8, "memory_budget_gib": 2.0}
+    return g.make_config("tiny", **{**settings, **changes})
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @needs_vllm
-def test_a_killed_server_is_asked_again_and_then_gone(server, monkeypatch):
+def test_a_run_learns_as_much_as_with_our_own_sampler(tmp_path):
+    g.train(config_of(tmp_path, "start", steps=0, cold_start_steps=150))
+    risen, before = {}, {}
+    for sampler in ("own", "vllm"):
+        g.train(config_of(tmp_path, sampler, sampler=sampler, model=str(tmp_path / "start" / "final"), steps=40,
+                          prompts_per_step=16, group_size=8, eval_examples=40, learning_rate=1e-3))
+        metrics = metrics_of(tmp_path / sampler)
+        mean = lambda part: sum(m["accuracy"] for m in part) / len(part)
+        risen[sampler] = mean(metrics[-10:]) - mean(metrics[:5])
+        before[sampler] = json.loads((tmp_path / sampler / "summary.json").read_text())["accuracy_before"]
+        assert all(m["sampler_gap"] < 1e-4 for m in metrics)
+        if sampler == "vllm":
+            assert all(abs(m["importance"] - 1) < 1e-4 and m["importance_capped"] == 0 for m in metrics)
+            assert all(m["entropy"] > 0.1 for m in metrics)
+    assert before["own"] == before["vllm"]  # greedy
+    assert min(risen.values()) > 0.08 and abs(risen["own"] - risen["vllm"]) < 0.12, risen
+
+
+@needs_vllm
+def test_a_resumed_run_goes_on_with_the_same_samples(tmp_path):
+    settings = {"steps": 4, "top_entropy": 0.5, "updates_per_batch": 2, "temperature": 0.8, "save_every": 2}
+    g.train(config_of(tmp_path, "run", sampler="vllm", keep_checkpoints=0, **settings))
+    g.train(config_of(tmp_path, "own", **settings))
+    of_own, state = (data.load_state(tmp_path / name / "checkpoint-2") for name in ("own", "run"))
+    for name in ("sampling_random", "torch_random"):
+        assert torch.equal(state[name], of_own[name])
+    samples = (tmp_path / "run" / "samples.jsonl").read_text()
+    weights = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+    g.train(g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2")]))
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == samples
+    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == weights
+
+
+@needs_vllm
+def test_weights_that_stay_behind_end_the_run(tmp_path, monkeypatch):
+    """Not renewed, the head is what a CPU build's was; the policy moves far in a step."""
+    real, calls = g.VLLMSampler.take_weights, []
+
+    def only_at_first(sampler):
+        calls.append(1)
+        if len(calls) < 4:
+            real(sampler)
+
+    monkeypatch.setattr(g.VLLMSampler, "take_weights", only_at_first)
+    with pytest.raises(g.InputError, match="nats from the sampler's"):
+        g.train(config_of(tmp_path, "run", sampler="vllm", steps=9, learning_rate=0.02, lr_schedule="constant",
+                          reward=["countdown_format"], max_new_tokens=20))
+    assert data.checkpoints(tmp_path / "run")
+
+
+def config_with_server(tmp_path, name, server, **changes):
+    return config_of(tmp_path, name, model=str(server.folder), beta=0.05, learning_rate=3e-3, steps=3,
+                     lr_schedule="constant", reward=["countdown_format", "reasoning_tags"], **changes)
+
+
+@needs_vllm
+def test_a_run_with_a_server_is_that_with_the_references_weights(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
+    connect(server)
+    for name, url in (("served", server.url), ("swapped", None)):
+        g.train(config_with_server(tmp_path, name, server, reference_url=url, save_every=3))
+    served, swapped = ([m["kl"] for m in metrics_of(tmp_path / name)] for name in ("served", "swapped"))
+    assert served == pytest.approx(swapped, abs=1e-4)
+    assert served[0] < 1e-6 and served[-1] > 0.01
+    assert data.load_state(tmp_path / "served" / "checkpoint-3")["reference"] is None
+
+
+@needs_vllm
+def test_a_server_of_another_model_ends_a_run_before_it_begins(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
+    connect(server)
+    with pytest.raises(memory.NoReference, match="is not the policy's"):
+        g.train(config_of(tmp_path, "run", beta=0.1, reference_url=server.url))
+    assert not (tmp_path / "run").exists()
+
+
+@needs_vllm
+def test_a_run_whose_server_is_killed_goes_on_with_another(server, served_policy, tmp_path, monkeypatch, capsys):
     """Comes last: the server does not come back."""
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
-    warnings = []
-    reference = connect(server, warn=warnings.append)
-    reference.patience_seconds, reference.stop = 2, lambda: False
-    os.killpg(server.process.pid, signal.SIGKILL)
-    server.process.wait()
+    connect(server)
+    real, calls = memory.ReferenceServer.__call__, []
+
+    def kill_at_the_third_step(reference, sequences):
+        calls.append(1)
+        if len(calls) == 4:  # the first was before the first step
+            reference.patience_seconds = 2
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+        return real(reference, sequences)
+
+    monkeypatch.setattr(memory.ReferenceServer, "__call__", kill_at_the_third_step)
     with pytest.raises(memory.NoReference, match="is away"):
-        reference(sequences())
-    assert len(warnings) == 1
+        g.train(config_with_server(tmp_path, "run", server, reference_url=server.url))
+    assert [x.name for x in data.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
+    with serving(served_policy) as other:
+        connect(other)
+        g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--reference-url", other.url]))
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    resumed = g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2")])
+    with pytest.raises(g.InputError, match="give --reference-url"):  # the reference's weights aren't here
+        g.open_run(dataclasses.replace(resumed, reference_url=None))
