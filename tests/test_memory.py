@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import math
+import os
 import socket
 import struct
 import threading
@@ -982,6 +983,73 @@ def test_the_budget_of_a_cpu_is_below_its_memory():
     with open("/proc/meminfo") as lines:
         total = 1024 * int(next(lines).split()[1])
     assert 0.01 * total < memory.detect_budget_bytes("cpu") < total
+
+
+# --- when memory runs out --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, ran_out", [
+    (torch.OutOfMemoryError("CUDA out of memory"), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("shapes can't be multiplied"), False),
+])
+def test_what_says_in_its_own_words_that_memory_ran_out_is_tried_again_with_less(error, ran_out):
+    limits, calls = memory.Limits(8, 100, 0, layers=3), []
+
+    def attempt():
+        calls.append(limits.max_rows)
+        if len(calls) == 1:
+            raise error
+        return "done"
+
+    if ran_out:
+        assert memory.until_it_fits(attempt, limits, "rollout", tell=lambda words: None) == "done"
+        assert calls == [8, 4]
+    else:
+        with pytest.raises(RuntimeError, match="shapes"):
+            memory.until_it_fits(attempt, limits, "rollout")
+
+
+def test_limits_that_were_made_smaller_grow_back_after_quiet_steps_and_no_further():
+    limits = memory.Limits(max_rows=100, micro_batch_tokens=1000, recomputed_layers=2, layers=6)
+    told = [limits.shrink(phase, longest=400) for phase in ("rollout", "rollout", "update", "update", "update")]
+    assert (limits.max_rows, limits.micro_batch_tokens, limits.recomputed_layers) == (25, 400, 6)
+    assert told == ["50 rows at a time", "25 rows at a time", "micro-batches of 500 tokens",
+                    "micro-batches of 400 tokens", "6 layers computed again in backward"]
+    assert limits.shrink("update", longest=400) is None
+    seen = []
+    for step in range(1, 70):
+        limits.grow()
+        if step % 20 == 0:
+            seen.append((limits.max_rows, limits.micro_batch_tokens, limits.recomputed_layers))
+    assert seen == [(50, 800, 2), (100, 1000, 2), (100, 1000, 2)]
+    limits.shrink("rollout", longest=400)  # the quiet steps are counted anew
+    for _ in range(19):
+        limits.grow()
+    assert limits.max_rows == 50
+
+
+@pytest.mark.parametrize("dtype, capability, version, told", [
+    (torch.bfloat16, (7, 5), "2.15.0", "needs Ampere or newer; use --dtype float32"),
+    (torch.float32, (8, 6), "2.13.0", "use bfloat16, or torch 2.15"),
+    (torch.float32, (7, 5), "2.15.0", None), (torch.bfloat16, (8, 6), "2.11.0", None),
+])
+def test_a_card_that_cannot_compute_in_a_dtype_is_refused_with_what_to_use(
+    dtype, capability, version, told, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if told:
+        with pytest.raises(ValueError, match=told):
+            memory.prepare_cuda(dtype)
+    else:
+        memory.prepare_cuda(dtype)
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # --- with a GPU ------------------------------------------------------------------------------------------

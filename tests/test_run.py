@@ -436,6 +436,71 @@ def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_pat
                       for text, tags in zip(texts, (0, 0.2, 0))]
 
 
+@pytest.mark.parametrize("part", ["first update", "second update", "optimizer"])
+def test_memory_that_runs_out_between_two_steps_is_never_saved(tmp_path, own_task, monkeypatch, part):
+    """What a step has changed only half is lost; the checkpoint before it is whole. Before the first optimizer
+    step of a batch nothing is changed, and the steps so far are saved with the random state they ended in."""
+    calls, real = [], g.compute_gradients
+
+    def gradients(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > {"first update": 4, "second update": 5, "optimizer": 99}[part]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    def step(self, closure=None):
+        if part == "optimizer" and self.state and len(calls) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_step(self, closure)
+
+    real_step = g.memory.AdamW8bit.step
+    monkeypatch.setattr(g, "compute_gradients", gradients)
+    monkeypatch.setattr(g.memory.AdamW8bit, "step", step)
+    config = quick(tmp_path, steps=9, updates_per_batch=2, learning_rate=1e-3, **own_task)
+    with pytest.raises(g.memory.DoesNotFit, match="out of memory in the (update|optimizer)") as raised:
+        g.train(config)
+    saved = [path.name for path in data.checkpoints(tmp_path / "run")]
+    if part == "first update":  # of step 3
+        assert saved == ["checkpoint-2"] and not isinstance(raised.value, g.StepLost)
+        monkeypatch.undo()
+        g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--steps", "4", "--reward",
+                                      *own_task["reward"]]))
+        g.train(quick(tmp_path, "whole", steps=4, updates_per_batch=2, learning_rate=1e-3, **own_task))
+        samples = [[x for x in lines(tmp_path / name / "samples.jsonl") if x["step"] <= 3]
+                   for name in ("run", "whole")]  # step 4 follows an update in smaller micro-batches
+        assert samples[0] == samples[1]
+    else:
+        assert saved == [] and isinstance(raised.value, g.StepLost)
+
+
+def test_refills_replace_groups_that_teach_nothing_and_resume_bit_for_bit(tmp_path):
+    """Only prompts about even numbers have answers that differ in reward: most groups are all alike."""
+    rows = [{"prompt": f"Write {i} a's:", "n": i} for i in range(14)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text("def even(completion, example):\n"
+                                   "    return len(completion) / 9 if example['n'] % 3 == 0 else 0.5\n")
+    settings = {"task": str(tmp_path / "t.jsonl"), "reward": [f"{tmp_path}/r.py:even"], "prompts_per_step": 3,
+                "refill_rounds": 3, "learning_rate": 1e-3, "steps": 4, "save_every": 2}
+    g.train(quick(tmp_path, "whole", **settings))
+    metrics = lines(tmp_path / "whole" / "metrics.jsonl")
+    assert all(3 <= m["groups_drawn"] <= 12 and m["groups_kept"] <= 3 for m in metrics)
+    assert any(m["groups_drawn"] > 3 for m in metrics) and sum(m["groups_drawn"] for m in metrics) > 10
+    plain = quick(tmp_path, "plain", **settings | {"refill_rounds": 0})
+    g.train(plain)
+    kept = sum(m["groups_kept"] for m in lines(tmp_path / "plain" / "metrics.jsonl"))
+    assert sum(m["groups_kept"] for m in metrics) > kept
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for name in ("checkpoint-4", "final"):
+        shutil.rmtree(tmp_path / "killed" / name)
+    state = data.load_state(tmp_path / "killed" / "checkpoint-2")
+    assert state["drawn"] == sum(m["groups_drawn"] for m in metrics[:2])
+    g.train(g.parse_command_line(["--resume", str(tmp_path / "killed"), "--reward", *settings["reward"]]))
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (
+        tmp_path / "killed" / "samples.jsonl").read_text()
+    a, b = (weights_of(tmp_path / run / "final") for run in ("whole", "killed"))
+    assert all((a[k] == b[k]).all() for k in a)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, code):
     process = endless_run(tmp_path, "--prompts-per-step", "3")
