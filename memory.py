@@ -3,8 +3,8 @@
 Log-probabilities that never hold the logits, 8-bit AdamW on exact float32 masters, gradients summed in
 float32, recomputation of as many layers as needed, a reference policy that rests in host memory, the
 optimizer shared out over several GPUs, and a plan that says beforehand what a run will take. Copy what you
-need: this file imports nothing of the project. Left out on purpose: LoRA, quantized or sharded weights, models
-whose logits are not hidden @ weight.T.
+need: this file imports nothing of the project. Left out on purpose: LoRA, quantized or sharded weights,
+models whose logits are not hidden @ weight.T.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ import pickle
 import resource
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Literal
 
@@ -176,21 +176,18 @@ def host_pools(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
     torch's pinned allocator rounds up to powers of two: one by one, Qwen2.5-0.5B's weights would take 1.86 GB
     instead of 0.99. So pools are powers of two, and each is filled as far as it goes, large tensors first.
     """
-    pools, places = [], [(0, 0)] * len(sizes)
     rounded = [-(-size // 64) * 64 for size in sizes]  # so that any dtype may follow
-    left = sorted(range(len(sizes)), key=lambda i: -rounded[i])
+    pools, places, left = [], {}, sorted(range(len(sizes)), key=lambda i: -rounded[i])
     while left:
-        largest, total = rounded[left[0]], sum(rounded[i] for i in left)
-        pool, used, later = 2 ** max(total.bit_length() - 1, (largest - 1).bit_length(), 16), 0, []
+        largest, total, used = rounded[left[0]], sum(rounded[i] for i in left), 0
+        pool = 2 ** max(total.bit_length() - 1, (largest - 1).bit_length(), 16)
         for i in left:
             if used + rounded[i] <= pool:
                 places[i] = len(pools), used
                 used += rounded[i]
-            else:
-                later.append(i)
         pools.append(pool)
-        left = later
-    return pools, places
+        left = [i for i in left if i not in places]
+    return pools, [places[i] for i in range(len(sizes))]
 
 
 def host_tensors_like(tensors: list[Tensor], pinned: bool) -> list[Tensor]:
@@ -207,10 +204,10 @@ def host_tensors_like(tensors: list[Tensor], pinned: bool) -> list[Tensor]:
 
 # ---- Several ranks -----------------------------------------------------------------------------------------
 #
-# `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU; the run calls
-# dist.init_process_group("cpu:gloo,cuda:nccl"). Every rank has the whole model. What is sampled is put together
-# (gather), what is learned is shared out (share), and AdamW8bit sums the gradients; all ranks make these calls
-# in the same order. A process that was started alone is rank 0 of 1: each of them gives back what it was given.
+# `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU. Every rank has the whole
+# model. What is sampled is put together (gather), what is learned is shared out (share), and AdamW8bit sums
+# the gradients; all ranks make these calls in the same order. A process that was started alone is rank 0 of
+# 1: each of them gives back what it was given.
 
 
 def join_ranks(device: str) -> None:
@@ -218,8 +215,9 @@ def join_ranks(device: str) -> None:
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # Some rank may sample for an hour while the others wait.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=6))
+        dist.init_process_group(backends, timeout=timedelta(hours=6))
 
 
 def my_rank() -> tuple[int, int]:
@@ -262,23 +260,18 @@ waited_seconds = 0.0  # in `gather`, for other ranks
 
 
 def my_slice(count: int) -> slice:
-    """This rank's part of `count` equal things, such as prompts: [0:2] and [2:5] of 5 for two ranks. The
-    ranks' parts follow one another and may be empty."""
+    """This rank's part of `count` equal things, such as prompts: [0:2] and [2:5] of 5 for two ranks."""
     rank, ranks = my_rank()
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def share(items: list, sizes: list[int]) -> list:
-    """This rank's part of items of sizes[i] >= 1 tokens: all ranks' are as large as they can be made by
-    cutting the list in as many pieces, to within one item. A piece, as neighbours share their prompt, which
-    is then computed once; it may be empty."""
+    """This rank's part of items of sizes[i] >= 1 tokens: a piece of the list, as neighbours share their
+    prompt, which is then computed once. All ranks' are equally large to within one item; one may be empty."""
     rank, ranks = my_rank()
-    mine, before, total = [], 0, sum(sizes)
-    for item, size in zip(items, sizes):
-        if (2 * before + size) * ranks // (2 * total) == rank:  # whose part its middle falls into
-            mine.append(item)
-        before += size
-    return mine
+    # An item goes to the rank into whose part of all tokens its middle falls.
+    return [item for item, size, end in zip(items, sizes, accumulate(sizes))
+            if (2 * end - size) * ranks // (2 * sum(sizes)) == rank]
 
 
 def owners(sizes: list[int], ranks: int) -> list[int]:
@@ -337,13 +330,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         weight_decay: float = 0.0, offload: bool = False,
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.offload = offload
-        for p in self._params():
+        self.offload, (self.rank, self.ranks), params = offload, my_rank(), self._params()
+        for p in params:
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"AdamW8bit: parameters must be bfloat16 or float32, not {p.dtype}")
             p.data = p.data.contiguous()
-        self.rank, self.ranks = my_rank()
-        params = self._params()
         self.owner = dict(zip(params, owners([p.numel() for p in params], self.ranks)))
 
     def _params(self) -> list[nn.Parameter]:
@@ -354,23 +345,19 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         first rollout the GPU's memory is in one piece, later the state would go into holes."""
         if self.state:
             return
+        moved, pinned = [], self._params()[0].is_cuda
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
-                if self.owner[p] != self.rank:
-                    continue
-                self.init_state(group, p, gindex, pindex)
-                if self.offload:  # what starts at zero, until all sizes are known
-                    shapes = {k: x.to("meta") for k, x in self.state[p].items() if k in self.PARTS}
-                    self.state[p].update(shapes)
-        if self.offload:
-            moved = [(state, k) for state in self.state.values() for k in self.PARTS if k in state]
-            pinned = self._params()[0].is_cuda
-            for (state, k), x in zip(moved, host_tensors_like([state[k] for state, k in moved], pinned)):
-                state[k] = x
+                if self.owner[p] == self.rank:
+                    self.init_state(group, p, gindex, pindex)
+                    state = self.state[p]
+                    for k in [k for k in self.PARTS if self.offload and k in state]:
+                        state[k] = state[k].to("meta")  # it starts at zero, until all sizes are known
+                        moved.append((state, k))
+        for (state, k), x in zip(moved, host_tensors_like([state[k] for state, k in moved], pinned)):
+            state[k] = x
 
-    def to_gpu(self) -> None:
-        """The library calls it before the first step; its own version would undo the offload."""
-        self.make_state()
+    to_gpu = make_state  # the library calls it before the first step; its own version would undo the offload
 
     def init_state(self, group, p, gindex, pindex):
         super().init_state(group, p, gindex, pindex)
@@ -413,9 +400,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
         """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
 
-        For one rank it is torch's clip_grad_norm_. Otherwise each sum, in the gradients' dtype, ends up at the
-        parameter's owner, and all other gradients are dropped on the way: never are there two copies. A rank
-        may lack gradients, that of an empty share all of them; they count as zeros.
+        Each sum, in the gradients' dtype, ends up at the parameter's owner, and all other gradients are
+        dropped on the way: never are there two copies. What a rank lacks, as with an empty share, is zeros.
         """
         params = self._params()
         if self.ranks == 1:
@@ -440,8 +426,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update the parameters that have a gradient. Among several ranks sum_gradients() goes before: each
-        steps its own parameters, and all leave with the same weights."""
+        """Update the parameters that have a gradient; among several ranks, after sum_gradients()."""
         if any(p.grad is not None and self.owner[p] != self.rank for p in self._params()):
             raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
         loss = super().step(closure)
@@ -453,9 +438,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def state_dict(self) -> dict:
         """As torch's optimizers give it: tensors, numbers, lists; torch.load(weights_only=True) reads it.
 
-        Among several ranks all must call it, in a group that also takes tensors of the host, such as
-        "cpu:gloo,cuda:nccl". Rank 0 gets the one whole state, what came from other ranks in host memory; the
-        others get what they own.
+        Among several ranks all must call it, in a group that also takes tensors of the host (see join_ranks).
+        Rank 0 gets the whole state, what came from other ranks in host memory; the others get what they own.
         """
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         if self.ranks > 1:
@@ -464,7 +448,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return saved
 
     def _at_rank_0(self, p: nn.Parameter) -> dict:
-        """The state of p, which its owner sends to rank 0; a tensor at a time, as pickling takes it thrice."""
+        """The state of p, which its owner sends to rank 0; tensor by tensor, as pickling takes it thrice."""
         state, owner = self.state.get(p, {}), self.owner[p]
         if owner == 0 or self.rank not in (0, owner):
             return state
@@ -491,18 +475,19 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(f"AdamW8bit: saved were {len(saved)} parameters, the model has {len(params)}")
+        mine = [(p, state) for p, state in zip(params, saved) if self.owner[p] == self.rank and any(saved)]
         self.make_state()
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
-        for i, (p, state) in enumerate(zip(params, saved)):
-            if any(saved) and self.owner[p] == self.rank and shapes(state) != shapes(self.state[p]):
+        for p, state in mine:
+            if shapes(state) != shapes(self.state[p]):
                 was = f"the saved state is not of a {p.dtype} parameter of shape {list(p.shape)}"
-                raise ValueError(f"AdamW8bit: parameter {i}: {was}; load the model and dtype that were saved")
+                raise ValueError(f"AdamW8bit: {was}; load the model and dtype that were saved")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
         if not any(saved):  # by an optimizer without a step
             self.state.clear()
-        for p, state in zip(params, saved):
-            for k, x in state.items() if self.owner[p] == self.rank else ():
+        for p, state in mine:
+            for k, x in state.items():
                 self.state[p][k] = self.state[p][k].copy_(x) if isinstance(x, Tensor) else x
 
 
@@ -511,25 +496,21 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 @contextmanager
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
-    """Within it, the first `count` decoder layers (None: all, 0: none) keep just their input for the backward
-    pass, which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The forward pass goes inside, the
-    backward pass may come after, sampling stays outside.
+    """Within it, the first `count` decoder layers (None: all) keep just their input for the backward pass,
+    which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The forward pass
+    goes inside, the backward pass may come after, sampling stays outside.
 
     These are transformers' own layers, but not its own switch: that one wants training mode, whose dropout
     would part the trained log-probabilities from the sampled ones. Here the mode is left alone.
     The first layers, because the activations of the last ones are freed first.
-    Raises ValueError when there are fewer such layers.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    count = len(layers) if count is None else count
-    if not 0 <= count <= len(layers):
-        raise ValueError(f"can't recompute {count} layers: {type(model).__name__} has {len(layers)}")
-    for layer in layers[:count]:  # no dropout, so no random state to keep
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:count]
+    for layer in layers:  # no dropout, so no random state to keep
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer in layers[:count]:
+        for layer in layers:
             del layer.forward  # the class's own shows again
 
 
@@ -558,11 +539,6 @@ def micro_batches(lengths: list[int], token_budget: int, groups: list | None = N
 # ---- Packing: every token once -----------------------------------------------------------------------------
 
 
-# Options of transformers' layers that change nothing where one token a row attends to what its mask allows.
-USUAL_OPTIONS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position",
-                 "use_cache"}
-
-
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
     """transformers' SDPA attention, and for packed_hidden_states the same over packed tokens.
 
@@ -576,7 +552,10 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
         (rows, heads, tokens, size), shared = query.shape, key.shape[1]
-        plain = options.keys() <= USUAL_OPTIONS and not options.get("dropout")
+        # These change nothing where one token a row attends to what its mask allows.
+        plain = not options.get("dropout") and options.keys() <= {
+            "dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"
+        }
         one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
         if not (tokens == 1 and shared < heads and plain and one_mask):
             return attend(module, query, key, value, attention_mask, **options)
@@ -635,9 +614,9 @@ def packed_hidden_states(
 def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     """Set a causal LM's attention to packed_attention; returns its backbone and its head's weight [V, H].
 
-    Two things are proved, not looked up: that logits are just hidden @ weight.T, on hidden states scaled until
-    logits reach 100, where a soft cap, a scale or whatever else lies between shows; and that packed rows come
-    out as they did alone. Of ordinary input the model makes what it made before. Call it once, at start-up.
+    Two things are proved, not looked up: that logits are just hidden @ weight.T, on hidden states scaled
+    until logits reach 100, where a soft cap, a scale or whatever else lies between shows; and that packed
+    rows come out as they did alone. Ordinary input is treated as before. Call it once, at start-up.
     Raises ValueError, with the cause where it is known.
     """
     name, backbone, head = type(model).__name__, model.base_model, model.get_output_embeddings()
@@ -683,8 +662,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         same = False
     if not same:
         raise ValueError(
-            f"{name}: its attention doesn't go through transformers' interface, by which a prompt is computed "
-            "once for all its answers; use a model like Qwen2, Qwen3, Llama or Mistral"
+            f"{name}: its attention doesn't go through transformers' interface, by which a prompt is "
+            "computed once for all its answers; use a model like Qwen2, Qwen3, Llama or Mistral"
         )
     return backbone, weight
 
@@ -705,7 +684,7 @@ class ReferencePolicy:
     """
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
-        self.model, self.logprobs, self.swapped = model, logprobs, False
+        self.model, self.logprobs = model, logprobs
         weights = dict(model.named_parameters())  # gives a tied weight once, so it is held and traded once
         for p in weights.values():
             p.data = p.data.contiguous()
@@ -719,33 +698,25 @@ class ReferencePolicy:
         with self.swapped_in():
             return self.logprobs(sequences)
 
-    def _trade(self, name: str, p: nn.Parameter) -> None:
-        pieces = TRADED_BYTES // p.element_size()
-        # Copies into memory that is there already: coming back can't fail for want of any.
-        for mine, resting in zip(p.data.view(-1).split(pieces), self.weights[name].view(-1).split(pieces)):
-            leaving = self.passage[: mine.nbytes].view(mine.dtype)
-            leaving.copy_(mine)
-            mine.copy_(resting)  # not non_blocking: its source is overwritten next
-            resting.copy_(leaving)
+    def _trade(self) -> None:
+        for name, p in self.model.named_parameters():
+            both = (x.view(-1).split(TRADED_BYTES // x.element_size()) for x in (p.data, self.weights[name]))
+            # Copies into memory that is there already: neither way can fail for want of any.
+            for mine, resting in zip(*both):
+                leaving = self.passage[: mine.nbytes].view(mine.dtype)
+                leaving.copy_(mine)
+                mine.copy_(resting)  # not non_blocking: its source is overwritten next
+                resting.copy_(leaving)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model has the reference's weights; after it, whatever happens, its own again."""
-        self._check_resting()
-        self.swapped, traded = True, []
+        """Within it the model has the reference's weights, and this object the policy's: ask it nothing else
+        meanwhile. After it, whatever happens, both have their own again."""
+        self._trade()
         try:
-            for name, p in self.model.named_parameters():
-                self._trade(name, p)
-                traded.append((name, p))
             yield
         finally:
-            for name, p in traded:
-                self._trade(name, p)
-            self.swapped = False
-
-    def _check_resting(self) -> None:
-        if self.swapped:
-            raise RuntimeError("ReferencePolicy: its weights are in the model now; leave swapped_in() first")
+            self._trade()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -754,12 +725,10 @@ class ReferencePolicy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's weights by parameter name, on the host: the tensors themselves, no copies."""
-        self._check_resting()
         return dict(self.weights)
 
     def load_state_dict(self, state_dict: dict[str, Tensor] | None) -> None:
-        """Take over what state_dict() gave. Raises ValueError when names or shapes differ, or there is none."""
-        self._check_resting()
+        """Take over what state_dict() gave. Raises ValueError when it is not of such a model."""
         if state_dict is None:
             raise ValueError("its reference was on a server; give --reference-url")
         if {k: x.shape for k, x in state_dict.items()} != {k: x.shape for k, x in self.weights.items()}:
@@ -908,26 +877,26 @@ class Limits:
     quiet_steps: int = 0  # since then
 
     def shrink(self, phase: Literal["rollout", "reward model", "update"], longest: int) -> str | None:
-        """Make `phase` smaller, whose longest sequence has so many tokens; what it is now, None at the least."""
-        now = {"max_rows": self.max_rows, "reward_rows": self.reward_rows,
-               "micro_batch_tokens": self.micro_batch_tokens, "recomputed_layers": self.recomputed_layers}
-        name, value, told = {
-            "rollout": ("max_rows", max(self.max_rows // 2, 1), "{} rows at a time"),
-            "reward model": ("reward_rows", max(self.reward_rows // 2, 1), "{} answers scored at a time"),
-            "update": ("micro_batch_tokens", max(self.micro_batch_tokens // 2, longest),
-                       "micro-batches of {} tokens"),
+        """Make `phase` smaller, whose longest sequence has so many tokens. Returns what it is now, in words;
+        None where it is at the least."""
+        name, least, told = {
+            "rollout": ("max_rows", 1, "{} rows at a time"),
+            "reward model": ("reward_rows", 1, "{} answers scored at a time"),
+            "update": ("micro_batch_tokens", longest, "micro-batches of {} tokens"),
         }[phase]
         if phase == "update" and self.micro_batch_tokens <= longest:
-            name, value, told = "recomputed_layers", self.layers, "{} layers computed again in backward"
-        if value == now[name]:
+            name, least, told = "recomputed_layers", self.layers, "{} layers computed again in backward"
+        now = getattr(self, name)
+        value = max(now // 2, least)
+        if value == now:
             return None
-        self.planned.setdefault(name, now[name])
+        self.planned.setdefault(name, now)
         self.quiet_steps = 0
         setattr(self, name, value)
         return told.format(value)
 
     def grow(self) -> None:
-        """Called after each step: after 20 quiet ones, what was made smaller doubles, up to what was planned."""
+        """Called after each step: after 20 quiet ones, what was made smaller doubles, up to the planned."""
         self.quiet_steps += 1
         if self.quiet_steps % 20 == 0:
             for name, planned in self.planned.items():
@@ -945,8 +914,8 @@ def until_it_fits(
     attempt: Callable, limits: Limits, phase: str, longest: int = 0, tell: Callable = print,
     gives_up: type[DoesNotFit] = DoesNotFit,
 ):
-    """attempt()'s result. When the GPU's memory runs out, the limits are made smaller, `tell` is told how, and
-    the attempt is made again from its start. At the least it raises `gives_up`."""
+    """attempt()'s result. When the GPU's memory runs out, the limits are made smaller, `tell` is told how,
+    and the attempt is made again from its start. At the least it raises `gives_up`."""
     while True:
         try:
             return attempt()
@@ -961,8 +930,7 @@ def until_it_fits(
                 ) from error
         # Outside the handler, because the exception holds on to the failed attempt's tensors.
         tell(f"out of memory; again with {smaller}")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing on a CPU
 
 
 REWARD_MODEL = "or instead: the reward model"
@@ -974,7 +942,7 @@ class MemoryPlan:
 
     held: dict[str, int]  # all the time
     rollout: dict[str, int]  # besides, while sampling
-    update: dict[str, int]  # besides, in the update: six parts in the order of update_peak_bytes; {}: no update
+    update: dict[str, int]  # besides, in the update: six parts as in update_peak_bytes; {}: no update
     host: dict[str, int]  # in host memory
     limits: Limits
     parameters: int
@@ -983,9 +951,8 @@ class MemoryPlan:
 
     @property
     def rollout_peak_bytes(self) -> int:
-        sampler = dict(self.rollout)
-        reward_model = sampler.pop(REWARD_MODEL, 0)
-        return sum(self.held.values()) + max(sum(sampler.values()), reward_model)
+        reward_model = self.rollout.get(REWARD_MODEL, 0)
+        return sum(self.held.values()) + max(sum(self.rollout.values()) - reward_model, reward_model)
 
     @property
     def update_peak_bytes(self) -> int:
@@ -1023,57 +990,62 @@ def plan(
     `training` only sampling is planned. With several `ranks`, it is for the one that owns most of the
     optimizer's state, and prompts and budget are a rank's. A reward model's weights (reward_model_bytes) take
     the sampler's place while it scores. With `engine`, vLLM samples there, with weights and a KV cache of its
-    own: on CUDA it sleeps in the update and holds nothing, on a CPU it can't. micro_batch_tokens, recomputed_layers and max_rows are choices:
-    those given are kept, the others made, with as many sampler rows as fit and the micro-batch and
-    checkpointing of least work. It needs only the config, of a decoder built like Llama or Qwen, and assumes
-    a loop that uses all of this file, token_logprobs with into_weight_grad.
+    own: on CUDA it sleeps in the update and holds nothing, on a CPU it can't. micro_batch_tokens,
+    recomputed_layers and max_rows are choices: those given are kept, the others made, with as many sampler
+    rows as fit and the micro-batch and recomputation of least work. It needs only the config, of a decoder
+    built like Llama or Qwen, and assumes a loop that uses all of this file, token_logprobs with
+    into_weight_grad.
     Raises DoesNotFit, in one line that names the flag that would help.
     """
-    wanted = SimpleNamespace(**{key: value for key, value in locals().items() if key != "model_config"})
-    config = model_config.get_text_config()
+    wanted = SimpleNamespace(**locals())
+    wanted.config = config = model_config.get_text_config()
+    layers = config.num_hidden_layers
+    if recomputed_layers is not None and recomputed_layers > layers:
+        raise DoesNotFit(f"--recomputed-layers {recomputed_layers}: the model has {layers} layers")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
+    wanted.sizes = sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
     wanted.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
     owner = owners(sizes, ranks)
-    wanted.owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
+    owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
+    # Moments are a byte each and a float32 a block of 256; the library keeps small parameters' in float32.
+    remainders = [2 * n for n in owned] if dtype == torch.bfloat16 else []
+    moments = 2 * [n for n in owned if n >= 4096]
+    floats = 2 * [4 * (math.ceil(n / 256) if n >= 4096 else n) for n in owned]
+    wanted.optimizer = {"lower halves of the float32 masters": sum(remainders),
+                        "Adam moments, 8-bit": sum(moments + floats)}
+    wanted.largest_state = sum(moments + floats + remainders) * max(owned) // sum(owned)  # one parameter's
     in_pools = lambda *kinds: sum(sum(host_pools(bytes_of_each)[0]) for bytes_of_each in kinds)
     wanted.host_reference = in_pools([dtype.itemsize * n for n in sizes], [TRADED_BYTES])
-    large, small = [n for n in wanted.owned if n >= 4096], [n for n in wanted.owned if n < 4096]
-    scales = [4 * math.ceil(n / 256) for n in large]
-    remainders = [2 * n for n in wanted.owned] if dtype == torch.bfloat16 else []
-    wanted.host_optimizer = in_pools(remainders, 2 * large, 2 * (scales + [4 * n for n in small]))
+    wanted.host_optimizer = in_pools(remainders, moments, floats)
 
-    best = _fastest(config, sizes, wanted)
+    best = _fastest(wanted)
     if best.fits:
         return best
-    shorter = {"max_new_tokens": max(1, max_new_tokens // 4)}
+    offload, shorter = {"offload_optimizer": True}, {"max_new_tokens": max(1, max_new_tokens // 4)}
     remedies = {
         "leaving rows, micro-batch and recomputed layers to the plan":
             {"max_rows": None, "micro_batch_tokens": None, "recomputed_layers": None},
-        "--offload-optimizer": {"offload_optimizer": True},
+        "--offload-optimizer": offload,
         f"a shorter --max-new-tokens, such as {shorter['max_new_tokens']}": shorter,
-        "--offload-optimizer with a shorter --max-new-tokens": {"offload_optimizer": True, **shorter},
+        "--offload-optimizer with a shorter --max-new-tokens": offload | shorter,
         "a smaller --reward-model": {"reward_model_bytes": 0},
     }
-    helps = [words for words, change in remedies.items()
-             if _fastest(config, sizes, SimpleNamespace(**{**vars(wanted), **change})).fits]
+    helps = (words for words, change in remedies.items()
+             if _fastest(SimpleNamespace(**vars(wanted) | change)).fits)
     peaks = {"update": best.update_peak_bytes, "rollout": best.rollout_peak_bytes}
     over = [f"the {what} takes {x / 1e9:.1f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
-    raise DoesNotFit(
-        f"at the least {' and '.join(over)}, but the budget is {memory_budget_bytes / 1e9:.1f} GB: "
-        f"try {[*helps, 'a smaller --model'][0]}"
-    )
+    raise DoesNotFit(f"at the least {' and '.join(over)}, but the budget is {memory_budget_bytes / 1e9:.1f} "
+                     f"GB: try {next(helps, 'a smaller --model')}")
 
 
-def _fastest(config: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace) -> MemoryPlan:
+def _fastest(wanted: SimpleNamespace) -> MemoryPlan:
     """The plan of least work among those that fit, or else the smallest one."""
     episode, episodes = wanted.prompt_tokens + wanted.max_new_tokens, wanted.prompts * wanted.group_size
     most = max(episode, min(2**15, episodes * episode))
-    tokens = [wanted.micro_batch_tokens or episode]
-    if wanted.micro_batch_tokens is None:
-        tokens += [2**i for i in range(6, 16) if episode < 2**i < most] + [most]
-    layers = config.num_hidden_layers
+    tokens = [episode, *(2**i for i in range(6, 16) if episode < 2**i < most), most]
+    tokens = tokens if wanted.micro_batch_tokens is None else [wanted.micro_batch_tokens]
+    layers = wanted.config.num_hidden_layers
     recomputed = range(layers, -1, -1) if wanted.recomputed_layers is None else [wanted.recomputed_layers]
     rows = range(episodes, 0, -1) if wanted.max_rows is None else [wanted.max_rows]
 
@@ -1082,32 +1054,22 @@ def _fastest(config: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace
         # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
         return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
 
-    plans = [_bytes(config, sizes, wanted, tokens[0], recomputed[0], r) for r in rows]
-    most_rows = next((p for p in plans if p.fits), plans[-1])
-    plans = [_bytes(config, sizes, wanted, t, k, most_rows.limits.max_rows) for t in tokens for k in recomputed]
+    most_rows = next((r for r in rows if _bytes(wanted, tokens[0], recomputed[0], r).fits), rows[-1])
+    plans = [_bytes(wanted, t, k, most_rows) for t in tokens for k in recomputed]
     fitting = [p for p in plans if p.update_peak_bytes <= wanted.memory_budget_bytes]
     return min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
 
 
-def _bytes(
-    c: PreTrainedConfig, sizes: list[int], wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int
-) -> MemoryPlan:
+def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> MemoryPlan:
     """The plan of these choices. Each line was checked against living tensors by tests/bench_memory.py."""
-    byte, layers, vocab, wide, heads = (
-        wanted.dtype.itemsize, c.num_hidden_layers, c.vocab_size, c.hidden_size, c.num_attention_heads
-    )
-    head_dim = getattr(c, "head_dim", None) or wide // heads
-    queries, keys = heads * head_dim, (getattr(c, "num_key_value_heads", None) or heads) * head_dim
-    inner = getattr(c, "intermediate_size", None) or 4 * wide
-    episode = wanted.prompt_tokens + wanted.max_new_tokens
-
-    # A byte each and a float32 a block of 256; the library keeps moments of small parameters in float32.
-    state = {
-        "lower halves of the float32 masters": 2 * sum(wanted.owned) if byte == 2 else 0,
-        "Adam moments, 8-bit":
-            sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in wanted.owned),
-    }
-    offloaded = sum(state.values()) if wanted.offload_optimizer else 0
+    config, parameters, byte = wanted.config, sum(wanted.sizes), wanted.dtype.itemsize
+    layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or wide // heads
+    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * wide
+    episode, offload = wanted.prompt_tokens + wanted.max_new_tokens, wanted.offload_optimizer
+    weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
 
     padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
     counted = int(padded * wanted.top_entropy)
@@ -1116,7 +1078,6 @@ def _bytes(
     if wanted.query_norms:  # Qwen3 normalises queries and keys as well
         kept += (4 + byte) * (queries + keys)
     again = kept if recomputed == layers else 0
-    weight_gradient = wide * inner * (byte + 4 if byte < 4 else 4)
 
     # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
     waiting = rows < wanted.prompts * wanted.group_size
@@ -1133,34 +1094,36 @@ def _bytes(
         "sampler: logits or prefill":  # one buffer is copied when rows leave
             max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill),
     }
-    stays = {}
+    held = {"weights": byte * parameters}
+    if wanted.training and not offload:
+        held |= wanted.optimizer
     if wanted.engine:
         # In blocks of 128 tokens on CPUs and of fewer on GPUs; one block is vLLM's own.
         kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
-        own = {"vLLM: weights": byte * sum(sizes), f"vLLM: KV cache, {rows} rows": kv_cache}
+        own = {"vLLM: weights": byte * parameters, f"vLLM: KV cache, {rows} rows": kv_cache}
         # Logits, probabilities and exponential noise in float32; a prefill is of 8,192 tokens by default.
         sampler = {"vLLM: logits or prefill": max(12 * rows * vocab, 2**13 * 3 * byte * inner)}
-        stays, sampler = (own, sampler) if wanted.engine == "cpu" else ({}, own | sampler)
+        held, sampler = (held | own, sampler) if wanted.engine == "cpu" else (held, own | sampler)
     return MemoryPlan(
-        held={"weights": byte * sum(sizes)} | (state if wanted.training and not offloaded else {}) | stays,
+        held=held,
         rollout=sampler | ({REWARD_MODEL: wanted.reward_model_bytes} if wanted.reward_model_bytes else {}),
         update={
-            "gradients, float32": 4 * sum(sizes),
+            "gradients, float32": 4 * parameters,
             f"activations, {tokens} tokens, {recomputed} of {layers} layers again":
                 padded * ((layers - recomputed) * kept + recomputed * byte * wide),
             "  with them: the head, a chunk of logits at a time":
                 min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
             "  or with them: backward through a layer":
-                padded * (again + 2 * byte * wide) + max(padded * 2 * byte * inner, weight_gradient),
-            # dense, in the model's dtype and in float32
-            "or instead: the embedding's gradient": vocab * wide * (byte + 4 if byte < 4 else 4),
+                padded * (again + 2 * byte * wide) + max(padded * 2 * byte, wide * weight_gradient) * inner,
+            "or instead: the embedding's gradient": vocab * wide * weight_gradient,  # dense
             # the slice being updated; with offload, also one parameter's state on a visit
-            "or instead: the optimizer's step": offloaded * max(wanted.owned) // sum(wanted.owned) + 16 * OPTIMIZER_SLICE,
+            "or instead: the optimizer's step":
+                16 * OPTIMIZER_SLICE + (wanted.largest_state if offload else 0),
         } if wanted.training else {},
         host={"reference policy": wanted.host_reference if wanted.reference else 0,
-              "optimizer": wanted.host_optimizer if offloaded else 0} if wanted.training else {},
+              "optimizer": wanted.host_optimizer if offload else 0} if wanted.training else {},
         limits=Limits(rows, tokens, recomputed, layers),
-        parameters=sum(sizes),
+        parameters=parameters,
         memory_budget_bytes=wanted.memory_budget_bytes,
         kv_cache_bytes=kv_cache,
     )
@@ -1177,17 +1140,17 @@ def keep_freed_memory() -> None:
 
 
 def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
-    """Called before CUDA starts. Raises ValueError when the GPU can't compute in this dtype as needed here."""
+    """Called before CUDA starts. Raises ValueError when the GPU can't compute in this dtype as needed."""
     if expandable:  # rollout and update take turns: segments that grow leave no holes that fit neither
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not torch.cuda.is_available():  # a plan for a card that isn't there
         return
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
-        raise ValueError(f"{torch.cuda.get_device_name()} can't compute in bfloat16, which needs Ampere or newer; "
-                         "use --dtype float32, with torch 2.15 or newer")
+        raise ValueError(f"{torch.cuda.get_device_name()} can't compute in bfloat16, which needs Ampere or "
+                         "newer; use --dtype float32, with torch 2.15 or newer")
     if dtype == torch.float32 and torch.__version__ < "2.15":
-        raise ValueError("--dtype float32: with CUDA, this torch's attention would hold a score for each pair of "
-                         "tokens; use bfloat16, or torch 2.15 or newer")
+        raise ValueError("--dtype float32: with CUDA, this torch's attention would hold a score for each pair"
+                         " of tokens; use bfloat16, or torch 2.15 or newer")
 
 
 def cap_cuda(budget_bytes: int) -> None:

@@ -572,11 +572,6 @@ def test_sampling_with_a_cache_works_between_updates():
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)
 
 
-def test_more_layers_than_there_are_cannot_be_checkpointed():
-    with pytest.raises(ValueError, match="4 layers"), memory.recompute_layers(tiny(), 4):
-        pass
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
 def test_micro_batches_hold_every_episode_once_within_the_budget(lengths, budget):
@@ -796,14 +791,6 @@ def test_a_swap_makes_no_tensor_and_works_piece_by_piece(name, monkeypatch):
     assert all(same(p.data, q.data) for p, q in zip(model.parameters(), policy.parameters()))
 
 
-def test_a_swapped_reference_refuses_to_be_swapped_saved_or_refreshed():
-    reference = memory.ReferencePolicy(tiny())
-    with reference.swapped_in():
-        for refused in (reference.refresh, reference.state_dict, reference.swapped_in().__enter__):
-            with pytest.raises(RuntimeError, match="swapped_in"):
-                refused()
-
-
 # --- the plan --------------------------------------------------------------------------------------------
 
 
@@ -954,6 +941,12 @@ def test_an_engine_has_weights_and_cache_of_its_own_and_sleeps_only_on_a_gpu():
 def test_choices_that_are_given_are_kept():
     made = plan(HALF_B, micro_batch_tokens=2000, recomputed_layers=5, max_rows=7).limits
     assert (made.micro_batch_tokens, made.recomputed_layers, made.max_rows) == (2000, 5, 7)
+
+
+def test_more_layers_than_there_are_cannot_be_recomputed():
+    assert plan(HALF_B, recomputed_layers=24).limits.recomputed_layers == 24
+    with pytest.raises(memory.DoesNotFit, match="--recomputed-layers 25: the model has 24 layers"):
+        plan(HALF_B, recomputed_layers=25)
 
 
 @pytest.mark.parametrize(
