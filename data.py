@@ -481,6 +481,7 @@ class RewardModel:
 # ---- The run's files ---------------------------------------------------------------------------------------
 
 STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # three libraries, one full disk
 
 
 def refuse_folder(folder: Path, new: bool) -> None:
@@ -490,6 +491,39 @@ def refuse_folder(folder: Path, new: bool) -> None:
     nearest = next(parent for parent in folder.absolute().parents if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise InputError(f"--output-dir {folder.parent}: {nearest} can't be written to; choose another")
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, checkpoints: int) -> None:
+    """Raises InputError when the disk has no room for one checkpoint and `final/`; warns when it has none for
+    all that a run may hold at once: so many checkpoints, `best/` and `final/`.
+
+    What lies in a resumed run's folder already counts as room.
+    """
+    if not first_rank():
+        return
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    room, checkpoint = shutil.disk_usage(nearest).free + bytes_in(folder), model_bytes + state_bytes
+    least, whole = model_bytes + checkpoint * bool(checkpoints), 2 * model_bytes + checkpoint * checkpoints
+    if room < least:
+        raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ and "
+                         f"the checkpoint before it take {least / 1e9:.1f} GB; make room, choose another, or "
+                         "save no checkpoints: --save-every 0 --save-minutes 0")
+    if room < whole:
+        warn(f"the disk has {room / 1e9:.1f} GB free, and {checkpoints} checkpoints of {checkpoint / 1e9:.1f} GB, "
+             f"best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are removed where room is "
+             "needed, never the newest")
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Remove a run's older checkpoints, never the newest, until so many bytes are free."""
+    for old in checkpoints(folder)[:-1] if first_rank() else []:
+        if shutil.disk_usage(folder).free < needed:
+            remove(old)
+            warn(f"{old} was removed, as the disk had no room")
 
 
 def first_rank() -> bool:
@@ -552,11 +586,18 @@ def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         if folder.exists():  # `final` of a run that is resumed after its end
-            shutil.rmtree(folder)
+            remove(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; renamed first, so that one half deleted is never taken for a whole one."""
+    old = folder.parent / ".checkpoint.old"
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(folder.rename(old))
 
 
 def step_of(checkpoint: Path) -> str:
@@ -578,20 +619,22 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
     if checkpoint.exists() or not first_rank():
         return
     try:
+        if keep:
+            make_room(folder, sum(map(bytes_in, checkpoints(folder)[-1:])))
         save_folder(policy, checkpoint, state)
-        shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
         for old in checkpoints(folder)[:-keep] if keep else []:
-            # Renamed first, so that one half deleted is never taken for a checkpoint.
-            shutil.rmtree(old.rename(folder / ".checkpoint.old"))
-    except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
+            remove(old)
+    except SAVE_ERRORS as error:
         warn(f"{checkpoint.name} could not be saved ({textwrap.shorten(str(error), 200)}); older ones stay")
 
 
 def save_final(policy: Policy, folder: Path) -> None:
-    """The run's `final/`; InputError, with what can be done about it, where it can't be written."""
+    """The run's `final/`, for which older checkpoints make room; InputError, with what can be done about it,
+    where it can't be written."""
     try:
+        make_room(folder, sum(p.nbytes for p in policy.model.parameters()))
         save_folder(policy, folder / "final")
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except SAVE_ERRORS as error:
         advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
         raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
 

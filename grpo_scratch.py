@@ -161,8 +161,9 @@ class Config:
     eval_samples: int = flag(0, "sample so many answers to each held-out example too; report pass@k",
                              at_least=0, may_change=True)
     eval_only: bool = flag(False, "evaluate the model and stop")
-    save_every: int = flag(0, "steps between checkpoints; 0: only the final model is saved", at_least=0,
-                           may_change=True)
+    save_every: int = flag(50, "steps between checkpoints; 0: none by steps", at_least=0, may_change=True)
+    save_minutes: float = flag(30.0, "minutes between checkpoints, where that comes first; 0: none by time",
+                               at_least=0, may_change=True)
     keep_checkpoints: int = flag(2, "keep this many checkpoints, the newest; 0 keeps all", at_least=0,
                                  may_change=True)
     resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
@@ -1207,6 +1208,13 @@ def open_run(config: Config) -> Run | None:
     say(plan.table())
     if config.plan_only:
         return None
+    if not config.eval_only:
+        # Of all ranks: Adam's moments, a byte each with their scales; bf16 masters' lower halves; the reference.
+        byte = dtype.itemsize
+        state_bytes = plan.parameters * (2 + 8 / 256 + 2 * (byte == 2) + byte * (config.beta > 0))
+        kept = config.keep_checkpoints or config.steps // (config.save_every or config.steps or 1)
+        saves = (kept + 1) * bool(config.save_every or config.save_minutes)  # the oldest goes after the newest
+        data.refuse_full_disk(folder, plan.parameters * byte, state_bytes, saves)
 
     if device == "cuda":  # what is beyond the plan is left to cuBLAS and kernels that are loaded late
         memory.cap_cuda(plan.memory_budget_bytes)
@@ -1367,6 +1375,7 @@ def train(config: Config) -> dict:
 
     warned: set[str] = set()
     stopped_by: int | str | None = None
+    saved_at = time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
                disable=not sys.stderr.isatty() or memory.my_rank()[0] > 0)
     with stop_requests(run) as signals:
@@ -1383,9 +1392,13 @@ def train(config: Config) -> dict:
                 stopped_by = "bad steps"
             elif asked := memory.gather(lambda: list(signals)):  # of any rank
                 stopped_by = asked[0]
-            save_due = config.save_every and step % config.save_every == 0 and not run.bad_steps
-            if save_due or stopped_by is not None:
+            save_due = config.save_every and step % config.save_every == 0
+            since = time.monotonic() - saved_at
+            if config.save_minutes and max(memory.gather(partial(list, [since]))) >= 60 * config.save_minutes:
+                save_due = True
+            if (save_due and not run.bad_steps) or stopped_by is not None:
                 run.save()
+                saved_at = time.monotonic()
             if stopped_by is not None:
                 break
         bar.close()

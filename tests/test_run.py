@@ -38,7 +38,8 @@ def quick(tmp_path, name="run", recipe="tiny", **overrides):
     """A recipe made small enough to run in a second or two."""
     settings = {
         "steps": 2, "cold_start_steps": 0, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 10,
-        "eval_examples": 4, "output_dir": str(tmp_path), "name": name, "device": "cpu", **overrides,
+        "eval_examples": 4, "output_dir": str(tmp_path), "name": name, "device": "cpu", "save_every": 0,
+        **overrides,
     }
     return g.make_config(recipe, **settings)
 
@@ -505,6 +506,67 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert done.returncode == 2 and "final can't be written" in done.stderr.splitlines()[-1]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
     assert data.checkpoints(tmp_path / "run") == []
+
+
+def a_disk_of(size, folder, monkeypatch):
+    """Let the disk seem to hold `size` bytes, of which what lies in `folder` is used."""
+    def usage(path):
+        used = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+        return shutil._ntuple_diskusage(size, used, size - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def test_a_run_saves_by_steps_and_by_the_clock_unless_told_not_to(tmp_path, monkeypatch):
+    config = g.make_config("tiny", device="cpu")
+    assert (config.save_every, config.save_minutes) == (50, 30.0)
+    clock = iter(range(0, 10**9, 60))  # each look at the clock is a minute later
+    monkeypatch.setattr(g.time, "monotonic", lambda: next(clock))
+    g.train(quick(tmp_path, "never", steps=4, save_minutes=0))
+    assert data.checkpoints(tmp_path / "never") == []
+    g.train(quick(tmp_path, "clock", steps=4, save_minutes=12.0, keep_checkpoints=0))
+    by_clock = [int(data.step_of(c)) for c in data.checkpoints(tmp_path / "clock")]
+    assert 1 <= len(by_clock) < 4
+    g.train(quick(tmp_path, "both", steps=4, save_minutes=12.0, save_every=1, keep_checkpoints=0))
+    assert len(data.checkpoints(tmp_path / "both")) == 4
+
+
+def test_a_disk_too_small_for_a_checkpoint_and_the_final_model_is_refused(tmp_path, monkeypatch, capsys):
+    """What is foretold is compared with the sizes of the folders that a run has written."""
+    settings = {"beta": 0.1, "dtype": "bfloat16", "steps": 1}
+    g.train(quick(tmp_path, "measured", save_every=1, **settings))
+    final, checkpoint = (
+        sum(p.stat().st_size for p in (tmp_path / "measured" / name).rglob("*") if p.suffix in (".pt", ".safetensors"))
+        for name in ("final", "checkpoint-1"))
+    (tmp_path / "disk").mkdir()
+    a_disk_of(0.95 * (checkpoint + final), tmp_path / "disk", monkeypatch)
+    config = quick(tmp_path / "disk", save_every=1, keep_checkpoints=1, **settings)
+    with pytest.raises(g.InputError, match=r"0\.0 GB free.*make room.*--save-every 0 --save-minutes 0"):
+        g.train(config)
+    assert list((tmp_path / "disk").iterdir()) == []
+    for size, warned in ((1.1 * (checkpoint + final), True), (1.05 * (2 * checkpoint + 2 * final), False)):
+        a_disk_of(size, tmp_path / "disk", monkeypatch)
+        g.open_run(config)
+        assert ("older checkpoints are removed" in capsys.readouterr().err) == warned
+    a_disk_of(1.1 * final, tmp_path / "disk", monkeypatch)
+    g.open_run(dataclasses.replace(config, save_every=0, save_minutes=0))
+
+
+def test_older_checkpoints_make_room_and_the_newest_stays(tmp_path, monkeypatch, capsys):
+    g.train(quick(tmp_path, steps=3, save_every=1, keep_checkpoints=3))
+    run, size = tmp_path / "run", lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    policy = data.load_policy("embedded", data.tiny_tokenizer(), dtype=torch.float32, device="cpu")
+    shutil.rmtree(run / "final")
+    a_disk_of(size(run) + 1000, run, monkeypatch)
+    data.save_final(policy, run)
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-2", "checkpoint-3"] and (run / "final").exists()
+    assert "checkpoint-1 was removed" in capsys.readouterr().err
+    a_disk_of(size(run) + 1000, run, monkeypatch)
+    data.save_checkpoint(policy, {**data.load_state(run / "checkpoint-3"), "step": 4}, run, keep=3)
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-3", "checkpoint-4"]
+    a_disk_of(0, run, monkeypatch)
+    data.save_final(policy, run)
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-4"]
 
 
 def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_path):
