@@ -12,6 +12,7 @@ brings) and, where supervised demonstrations are wanted, `completion`.
 Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mixing several tasks in one run.
 """
 
+import hashlib
 import itertools
 import json
 import operator
@@ -642,10 +643,24 @@ def save_final(policy: Policy, folder: Path) -> None:
 def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:
-        return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
+        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
+        missing = {"config", "limits", "step"} - set(state)
     except Exception as error:  # a damaged file can break the reader anywhere
         raise InputError(f"--resume: {checkpoint / STATE} can't be read ("
                          f"{textwrap.shorten(str(error), 200)}); use another checkpoint") from error
+    if missing:
+        raise InputError(f"--resume: {checkpoint / STATE} is not the state of a run, it has no "
+                         f"{' and no '.join(sorted(missing))}; use another checkpoint")
+    return state
+
+
+def fingerprints(examples: list[dict], heldout: list[dict], reward: list[str]) -> dict[str, str]:
+    """A hash of each thing from outside that a run depends on, under what a person calls it."""
+    found = {what: json.dumps(x, sort_keys=True, default=str).encode()
+             for what, x in {"the examples to train on": examples, "the held-out examples": heldout}.items()}
+    files = [spec.split(":")[0] for spec in reward]
+    found |= {name: Path(name).read_bytes() for name in files if name.endswith(".py")}
+    return {what: hashlib.sha256(x).hexdigest() for what, x in found.items()}
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
@@ -732,11 +747,20 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
     if not (first_rank() or from_all):
         return
     file = file or sys.stdout
+    if file is None or file.closed:  # closed outright, as by `>&-`
+        return
     try:
         tqdm.write(message, file=file)
         file.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    except OSError:
+        pass  # a log on a full disk; later lines may fit again
+
+
+def has_terminal() -> bool:
+    """Whether bars can be shown."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def warn(message: str) -> None:

@@ -21,6 +21,7 @@ import random
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -1072,7 +1073,7 @@ def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: i
     It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
     """
     encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
-    for step in tqdm(range(steps), "cold start", leave=False, disable=not sys.stderr.isatty()):
+    for step in tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal()):
         batch = [rng.choice(examples) for _ in range(batch_size)]
         answers = [encode(data.demonstration(e, rng)) + [policy.tokenizer.eos_token_id] for e in batch]
         weight = 1 / sum(map(len, answers))
@@ -1112,6 +1113,7 @@ class Run:
     limits: memory.Limits
     optimizer: memory.AdamW8bit
     generator: torch.Generator  # the sampler draws from it
+    inputs: dict[str, str]  # hashes of what a resumed run should find as it was
     before: dict | None = None  # the evaluation before the first step
     step: int = 0
     bad_steps: int = 0  # in a row
@@ -1143,7 +1145,7 @@ class Run:
             "config": dataclasses.asdict(self.config), "limits": dataclasses.asdict(self.limits),
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
-            "examples": len(self.examples), **{name: getattr(self, name) for name in self.progress},
+            "inputs": self.inputs, **{name: getattr(self, name) for name in self.progress},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -1232,7 +1234,7 @@ def open_run(config: Config) -> Run | None:
         partial(sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id),
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
-        torch.Generator().manual_seed(config.seed),
+        torch.Generator().manual_seed(config.seed), data.fingerprints(examples, heldout, config.reward),
     )
     run.random_state = run.generator.get_state()
     if state:
@@ -1241,9 +1243,9 @@ def open_run(config: Config) -> Run | None:
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
                              "the device, dtype and model that it was made with") from error
-        if state["examples"] != len(examples):
-            raise InputError(f"--resume {checkpoint}: the task has {len(examples)} examples now, not "
-                             f"{state['examples']}; bring back those that the run was started with")
+        if changed := [what for what, x in run.inputs.items() if state.get("inputs", {}).get(what, x) != x]:
+            warn(f"not as they were when {checkpoint} was made: {', '.join(changed)}; the run goes on with what "
+                 "is there now, and what it reports before and after is not the same thing")
         say(f"resumed after step {run.step} from {checkpoint}")
     return run
 
@@ -1302,7 +1304,9 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
         signals.append(number)
         warn("stopping after this step; a second time stops at once")
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Another thread may set no handlers; there, as in a notebook's, whoever started it stops it.
+    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
     except (rewards.RewardError, memory.DoesNotFit) as error:
@@ -1370,15 +1374,14 @@ def train(config: Config) -> dict:
         if config.eval_only:
             return {"recipe": config.recipe, **{k: run.before[k] for k in ("accuracy", "pass_at_k")}}
     run.optimizer.make_state()  # while the memory is in one piece
-    # The first things on disk: a run that can't start leaves nothing.
-    metrics = data.open_folder(run.folder, dataclasses.asdict(config), run.step)
-
     warned: set[str] = set()
     stopped_by: int | str | None = None
     saved_at = time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
-               disable=not sys.stderr.isatty() or memory.my_rank()[0] > 0)
+               disable=not data.has_terminal() or memory.my_rank()[0] > 0)
     with stop_requests(run) as signals:
+        # The first things on disk: a run that can't start, or is stopped before, leaves nothing.
+        metrics = data.open_folder(run.folder, dataclasses.asdict(config), run.step)
         for step in bar:
             record, episodes = grpo_step(run)
             metrics.append(record)

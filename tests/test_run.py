@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import fcntl
 import gc
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -344,11 +346,12 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
     assert Path(config.resume) == checkpoint
     with pytest.raises(g.InputError, match="doesn't suit this run .*dtype"):
         g.train(dataclasses.replace(config, dtype="bfloat16"))
-    rows = Path(own_task["task"]).read_text().splitlines()
-    Path(own_task["task"]).write_text("\n".join(rows[:6]))
-    with pytest.raises(g.InputError, match="has 2 examples now, not 8"):
-        g.train(config)
-    Path(own_task["task"]).write_text("\n".join(rows))
+    state_of = checkpoint / data.STATE
+    state = torch.load(state_of, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != "config"}, state_of)
+    with pytest.raises(g.InputError, match="is not the state of a run, it has no config; use another"):
+        g.parse_command_line(["--resume", "."])
+    torch.save(state, state_of)
     assert g.train(config)["steps"] == 2 and (tmp_path / "run" / "final").exists()
     latest = g.parse_command_line(["--resume", "latest", "--output_dir", str(tmp_path), "--reward",
                                    *own_task["reward"], "--memory-budget-gib", "3", "--steps", "3"])
@@ -360,6 +363,74 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
     latest = dataclasses.replace(latest, memory_budget_gib=None)
     assert g.open_run(latest).limits.max_rows == 1
     assert g.open_run(dataclasses.replace(latest, offload_optimizer=True)).limits.max_rows > 1
+
+
+def test_what_has_changed_since_the_checkpoint_is_named(tmp_path, own_task, capsys):
+    config = quick(tmp_path, steps=1, save_every=1, keep_checkpoints=0, **own_task)
+    g.train(config)
+    resumed = dataclasses.replace(config, resume=str(tmp_path / "run" / "checkpoint-1"))
+    task, reward = Path(own_task["task"]), tmp_path / "my_rewards.py"
+    whole, code = task.read_text(), reward.read_text()
+    held = {line["prompt"] for line in g.open_run(resumed).heldout}
+    assert "not as they were" not in capsys.readouterr().err
+    rows = whole.splitlines()
+    first_held = next(i for i, row in enumerate(rows) if json.loads(row)["prompt"] in held)
+    first_trained = next(i for i, row in enumerate(rows) if json.loads(row)["prompt"] not in held)
+    for path, text, told in (
+        (task, whole.replace(rows[first_held], rows[first_held].replace("Write", "Spell")), "the held-out examples;"),
+        (task, whole.replace(rows[first_trained], rows[first_trained].replace("Write", "Spell")),
+         "the examples to train on;"),
+        (reward, code + "\n", f"{reward};"),
+    ):
+        path.write_text(text)
+        assert g.open_run(resumed).step == 1
+        assert f"was made: {told}" in capsys.readouterr().err
+        task.write_text(whole)
+        reward.write_text(code)
+    task.write_text("\n".join(rows[:8]))
+    assert g.train(dataclasses.replace(resumed, steps=3))["steps"] == 3  # with fewer examples than before
+    assert "was made: the examples to train on, the held-out examples;" in capsys.readouterr().err
+
+
+def test_a_run_in_a_thread_of_a_program_that_prints_nowhere(tmp_path, monkeypatch):
+    """As in a notebook's worker: no signals; and with `>&-`, which gives None, or closed by the program."""
+    closed = io.StringIO()
+    closed.close()
+    for name, stream in (("none", None), ("closed", closed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stderr", stream)
+            thread = threading.Thread(target=g.train, args=[quick(tmp_path, name, cold_start_steps=1)])
+            thread.start()
+            thread.join()
+        assert json.loads((tmp_path / name / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("flags, last_line", [
+    (["--cold-start-steps", "9999"], "cold start:"), (["--eval-examples", "600", "--max-new-tokens", "900"], "budget"),
+])
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path, flags, last_line):
+    process = endless_run(tmp_path, *flags)
+    for line in process.stdout:
+        if line.startswith(last_line):
+            break
+    time.sleep(1)  # into the cold start, or the first evaluation
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "accuracy" not in out and "Traceback" not in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_format_is_kept_or_refused_and_never_dropped(monkeypatch, capsys):
+    lm_book = ["--recipe", "lm-book", "--prompt-format", "gsm8k-reasoning"]  # which is its own
+    assert g.parse_command_line(lm_book).prompt_format == "gsm8k-reasoning"
+    for task, told in (("countdown", "with --task countdown, use one of countdown, mini-countdown"),
+                       ("mine.jsonl", "a file's prompts are used as they stand; drop it")):
+        with pytest.raises(g.InputError, match=f"--prompt-format gsm8k-reasoning: {told}"):
+            g.parse_command_line([*lm_book, "--task", task])
+        assert g.parse_command_line([*lm_book[:2], "--task", task]).prompt_format is None
+    other = g.parse_command_line(["--recipe", "improved", "--prompt-format", "mini-countdown"])
+    assert other.prompt_format == "mini-countdown"
 
 
 def test_a_reader_that_has_gone_ends_no_run(tmp_path):
