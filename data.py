@@ -482,6 +482,7 @@ class RewardModel:
 # ---- The run's files ---------------------------------------------------------------------------------------
 
 STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
+EVALUATION = "evaluation.json"  # in `best`
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # three libraries, one full disk
 
 
@@ -569,8 +570,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None:
-    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it.
+def save_folder(
+    policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None
+) -> None:
+    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it,
+    or the evaluation that made it the best.
 
     It appears whole or not at all: written beside, synced, renamed.
     """
@@ -584,6 +588,8 @@ def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None
         if state is not None:
             (partial / STATE).parent.mkdir()
             torch.save(state, partial / STATE)
+        if evaluation is not None:
+            write_json(partial / EVALUATION, evaluation)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         if folder.exists():  # `final` of a run that is resumed after its end
@@ -640,6 +646,25 @@ def save_final(policy: Policy, folder: Path) -> None:
         raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
 
 
+def best_evaluation(folder: Path) -> dict:
+    """The evaluation of the model in a run's `best/`, or one that any other beats."""
+    path = folder / "best" / EVALUATION
+    return json.loads(path.read_text()) if path.is_file() else {"accuracy": -1.0, "step": 0}
+
+
+def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
+    """`best/`, when this evaluation's accuracy is above that of the model there; returns the better evaluation,
+    of two alike the earlier. A failure only warns."""
+    best = best_evaluation(folder)
+    if evaluation["accuracy"] <= best["accuracy"]:
+        return best
+    try:
+        save_folder(policy, folder / "best", evaluation=evaluation)
+    except SAVE_ERRORS as error:
+        warn(f"best/ could not be saved ({textwrap.shorten(str(error), 200)}); training goes on")
+    return evaluation
+
+
 def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:
@@ -683,10 +708,11 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
 def go_back_to(folder: Path, step: int) -> list[dict]:
     """Leave in a run's folder what a checkpoint of that step knows; returns its metrics.
 
-    Later checkpoints are renamed: they belong to the course that was left.
+    Later checkpoints are renamed, and a `best/` of a later step: they belong to the course that was left.
     """
-    for later in checkpoints(folder):
-        if int(step_of(later)) > step:
+    steps = {c: int(step_of(c)) for c in checkpoints(folder)} | {folder / "best": best_evaluation(folder)["step"]}
+    for later in steps:
+        if steps[later] > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
     records = {"samples.jsonl": [], "metrics.jsonl": []}
@@ -713,6 +739,8 @@ def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
 
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
     """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
+    if not first_rank():
+        return
     from matplotlib.figure import Figure  # draws without a display
 
     rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
@@ -735,7 +763,12 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
         axis.grid(alpha=0.3)
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    try:
+        beside = path.with_suffix(".partial.png")
+        figure.savefig(beside, dpi=110)
+        beside.replace(path)
+    except OSError as error:
+        warn(f"{path} can't be drawn ({error})")
 
 
 # ---- What a person sees ------------------------------------------------------------------------------------
@@ -802,8 +835,9 @@ def report(summary: dict, eval_samples: int, folder: Path) -> str:
     for name, (before, after) in rows.items():
         if None not in (before, after):  # pass@k is asked for, and may be from a resumed run's end on
             lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
+    best = f"best/ (held-out accuracy {summary['best']['accuracy']:.3f}, step {summary['best']['step']})"
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
-    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/")])
+    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/", best)])
 
 
 def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:

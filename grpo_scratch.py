@@ -1337,17 +1337,19 @@ def start(run: Run) -> None:
 
 def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float) -> dict:
     """The end of a run: the final model, its evaluation, the picture and the summary, which is returned."""
-    after = {"accuracy": None, "pass_at_k": None}
+    after, best = {"accuracy": None, "pass_at_k": None}, data.best_evaluation(run.folder)
     if stopped_by is None:
         data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
         after = evaluate(run)
+        best = data.save_best(run.policy, run.folder, run.evaluations[-1])
     if metrics:  # of the first rank
         data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
     summary = {
         "recipe": run.config.recipe, "accuracy_before": run.before["accuracy"],
         "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
         "peak_memory_bytes": memory.peak_memory(run.device), "pass_at_k_before": run.before["pass_at_k"],
-        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
+        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "best": best,
+        "stopped_by": stopped_by,
     }
     data.write_json(run.folder / "summary.json", summary)
     if stopped_by is None:
@@ -1382,6 +1384,8 @@ def train(config: Config) -> dict:
     with stop_requests(run) as signals:
         # The first things on disk: a run that can't start, or is stopped before, leaves nothing.
         metrics = data.open_folder(run.folder, dataclasses.asdict(config), run.step)
+        if run.step == 0:
+            data.save_best(run.policy, run.folder, run.evaluations[0])
         for step in bar:
             record, episodes = grpo_step(run)
             metrics.append(record)
@@ -1390,7 +1394,11 @@ def train(config: Config) -> dict:
             data.show_step(bar, record, config.steps)
             data.warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                say(f"step {step}: held-out accuracy {evaluate(run)['accuracy']:.3f}")
+                accuracy = evaluate(run)["accuracy"]
+                best = data.save_best(run.policy, run.folder, run.evaluations[-1])
+                say(f"step {step}: held-out accuracy {accuracy:.3f} (best {best['accuracy']:.3f} at step "
+                    f"{best['step']})")
+                data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
             if run.bad_steps >= config.max_bad_steps:
                 stopped_by = "bad steps"
             elif asked := memory.gather(lambda: list(signals)):  # of any rank

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -90,7 +91,7 @@ def test_two_steps_on_a_local_model_with_an_own_task_and_reward(tmp_path, qwen2_
     folder = tmp_path / "mine"
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-1", "checkpoint-2",
-        "final", "summary.json"}
+        "final", "best", "summary.json"}
 
     metrics = lines(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
@@ -484,6 +485,66 @@ def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
     assert {m["step"] for m in lines(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
 
 
+def accuracies(monkeypatch, *values):
+    """Let the evaluations find these, one after the other."""
+    values = iter(values)
+
+    def evaluate(run):
+        run.evaluations.append({"step": run.step, "accuracy": next(values), "pass_at_k": None})
+        return {**run.evaluations[-1], "shown": []}
+
+    monkeypatch.setattr(g, "evaluate", evaluate)
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_best_model_is_kept_and_told_at_every_evaluation(tmp_path, own_task, monkeypatch, capsys):
+    accuracies(monkeypatch, 0.25, 0.5, 0.75, 0.5, 0.75, 0.0)  # before, then after each step: a tie at the fourth
+    drawn, real = [], data.draw_curves
+    monkeypatch.setattr(data, "draw_curves", lambda metrics, *x: (drawn.append(len(metrics)), real(metrics, *x)))
+    config = quick(tmp_path, steps=5, eval_every=1, save_every=1, keep_checkpoints=0, learning_rate=1e-2,
+                   **own_task)
+    summary = g.train(config)
+    run, told = tmp_path / "run", capsys.readouterr().out
+    assert "step 1: held-out accuracy 0.500 (best 0.500 at step 1)" in told
+    assert "step 4: held-out accuracy 0.750 (best 0.750 at step 2)" in told
+    assert "best/ (held-out accuracy 0.750, step 2)" in told
+    assert drawn == [1, 2, 3, 4, 5] and not list(run.glob("*partial*"))
+    best = {"step": 2, "accuracy": 0.75, "pass_at_k": None}
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == summary["best"] == best
+    assert same_weights(run / "best", run / "checkpoint-2") and not same_weights(run / "best", run / "final")
+    data.load_policy(str(run / "best"), *data.load_config(str(run / "best"))[1:], dtype=torch.float32, device="cpu")
+
+    # From a later checkpoint it is still the best, with an earlier one it is set aside.
+    accuracies(monkeypatch, 0.5)
+    g.train(dataclasses.replace(config, resume=str(run / "checkpoint-4")))
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == best
+    accuracies(monkeypatch, 0.6, 0.7, 0.1, 0.1)
+    g.train(dataclasses.replace(config, resume=str(run / "checkpoint-1")))
+    [left] = run.glob("left-best-*")
+    assert json.loads((left / "evaluation.json").read_text()) == best and "left-best-" in capsys.readouterr().err
+    assert same_weights(run / "best", run / "checkpoint-3")
+
+
+def test_a_best_model_that_cannot_be_saved_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    accuracies(monkeypatch, 0.25, 0.5, 0.5)
+    real = data.save_folder
+
+    def save_folder(policy, folder, *more, **named):
+        if folder.name == "best":
+            raise OSError("No space left on device")
+        real(policy, folder, *more, **named)
+
+    monkeypatch.setattr(data, "save_folder", save_folder)
+    g.train(quick(tmp_path, eval_every=1))
+    assert (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "best").exists()
+    out, err = capsys.readouterr()
+    assert "best/ could not be saved" in err and "(best 0.500 at step 1)" in out
+
+
 def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_task):
     (tmp_path / "my_rewards.py").write_text(
         "calls = []\ndef late(completion, example):\n    calls.append(1)\n"
@@ -564,6 +625,7 @@ def test_on_a_terminal_there_are_bars_and_no_plain_lines(tmp_path):
             break
     assert process.wait(timeout=60) == 0
     assert b"GRPO" in shown and b"reward=" in shown and b"2/2" in shown and b"step 1/2" not in shown
+    assert re.search(rb"1/2 \[\d\d:\d\d<\d\d:\d\d, [^\r]*accuracy=", shown)  # time gone < time left
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
