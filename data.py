@@ -13,6 +13,8 @@ Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mix
 """
 
 import hashlib
+import html
+import importlib
 import itertools
 import json
 import operator
@@ -23,7 +25,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -769,6 +771,74 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
         beside.replace(path)
     except OSError as error:
         warn(f"{path} can't be drawn ({error})")
+
+
+SERVICES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def import_service(service: str):
+    """The module of an optional package that --report-to names; InputError where it is missing."""
+    try:
+        return importlib.import_module(SERVICES[service])
+    except ImportError as error:
+        raise InputError(f"--report-to {service}: can't be imported ({error}); pip install {service}, or "
+                         "drop it") from error
+
+
+class Dashboard:
+    """The numbers of metrics.jsonl and a few samples, sent elsewhere too (`service` "none": nowhere).
+
+    A resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps. A
+    service that fails is warned of once, and training goes on.
+    """
+
+    def __init__(self, service: str, folder: Path, config: dict, step: int):
+        self.service, self.run, self.failed = service, None, False
+        if service != "none" and first_rank():
+            self.module, name = import_service(service), re.sub(r"[^\w.-]", "-", folder.absolute().name)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._attempt(lambda: self._open(folder, name, config, step))
+
+    def _open(self, folder: Path, name: str, config: dict, step: int) -> None:
+        if self.service == "tensorboard":
+            self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+            self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
+        else:
+            more = {"id": name, "dir": str(folder)} if self.service == "wandb" else {}
+            self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow", **more)
+
+    def _attempt(self, send: Callable[[], None]) -> None:
+        try:
+            send()
+        except Exception as error:  # noqa: BLE001  each service has its own
+            if not self.failed:
+                warn(f"--report-to {self.service} failed ({type(error).__name__}: "
+                     f"{textwrap.shorten(str(error), 200)}); training goes on")
+            self.failed = True
+
+    def log(self, record: dict, samples: Iterable[dict] = (), prefix: str = "") -> None:
+        """Send a record's numbers under their names, after `prefix`, and samples' rewards and texts."""
+        numbers = {prefix + k: x for k, x in record.items() if isinstance(x, (int, float)) and k != "step"}
+        text = "\n\n".join(f"reward {x['reward']:.3f}\n{x['completion']}" for x in samples)
+        if self.run is not None:
+            self._attempt(lambda: self._send(record["step"], numbers, text))
+
+    def _send(self, step: int, numbers: dict[str, float], text: str) -> None:
+        markdown = textwrap.indent(text, "    ")  # code, so that tags are shown
+        if self.service == "tensorboard":
+            for name, x in numbers.items():
+                self.run.add_scalar(name, x, step)
+            if text:
+                self.run.add_text("samples", markdown, step)
+            self.run.flush()
+        elif text and self.service == "wandb":
+            self.run.log(numbers | {"samples": self.module.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+        else:
+            self.run.log(numbers | ({"samples": self.module.Markdown(markdown)} if text else {}), step=step)
+
+    def close(self) -> None:
+        if self.run is not None:
+            self._attempt(self.run.close if self.service == "tensorboard" else self.run.finish)
 
 
 # ---- What a person sees ------------------------------------------------------------------------------------

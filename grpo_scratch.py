@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -170,6 +170,9 @@ class Config:
     resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
                               "from `latest`, the newest of the newest run; its settings are taken over",
                               may_change=True)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
+        "none", "send the numbers of metrics.jsonl there too; a package of its own", may_change=True
+    )
     max_bad_steps: int = flag(5, "stop after so many steps in a row without finite loss and gradient",
                               at_least=1, may_change=True)
 
@@ -1167,6 +1170,8 @@ def open_run(config: Config) -> Run | None:
     all there is.
     """
     check_config(config)
+    if config.report_to != "none":
+        data.import_service(config.report_to)  # refused now, where it is missing
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
@@ -1381,16 +1386,21 @@ def train(config: Config) -> dict:
     saved_at = time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
                disable=not data.has_terminal() or memory.my_rank()[0] > 0)
-    with stop_requests(run) as signals:
+    settings = dataclasses.asdict(config)
+    with (stop_requests(run) as signals,
+          closing(data.Dashboard(config.report_to, run.folder, settings, run.step)) as dashboard):
         # The first things on disk: a run that can't start, or is stopped before, leaves nothing.
-        metrics = data.open_folder(run.folder, dataclasses.asdict(config), run.step)
+        metrics = data.open_folder(run.folder, settings, run.step)
         if run.step == 0:
             data.save_best(run.policy, run.folder, run.evaluations[0])
+            dashboard.log(run.evaluations[0], prefix="held-out/")
         for step in bar:
             record, episodes = grpo_step(run)
             metrics.append(record)
             data.append_lines(run.folder / "metrics.jsonl", [record])
-            data.append_lines(run.folder / "samples.jsonl", data.sample_records(step, episodes))
+            samples = data.sample_records(step, episodes)
+            data.append_lines(run.folder / "samples.jsonl", samples)
+            dashboard.log(record, samples[:3] if step % 10 == 1 else [])
             data.show_step(bar, record, config.steps)
             data.warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
@@ -1399,6 +1409,7 @@ def train(config: Config) -> dict:
                 say(f"step {step}: held-out accuracy {accuracy:.3f} (best {best['accuracy']:.3f} at step "
                     f"{best['step']})")
                 data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
+                dashboard.log(run.evaluations[-1], prefix="held-out/")
             if run.bad_steps >= config.max_bad_steps:
                 stopped_by = "bad steps"
             elif asked := memory.gather(lambda: list(signals)):  # of any rank
@@ -1413,7 +1424,10 @@ def train(config: Config) -> dict:
             if stopped_by is not None:
                 break
         bar.close()
-        return finish(run, metrics, stopped_by, started)
+        summary = finish(run, metrics, stopped_by, started)
+        if stopped_by is None:
+            dashboard.log(run.evaluations[-1], prefix="held-out/")
+        return summary
 
 
 # ---- The command line --------------------------------------------------------------------------------------

@@ -895,3 +895,78 @@ def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_rea
     assert told in out + err and not (tmp_path / "runs").exists()
     if not code:
         assert "494.0 M parameters" in out and "bfloat16" in out and "KV cache" in out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dashboards
+
+
+def test_tensorboard_shows_the_numbers_of_metrics_jsonl_and_a_resumed_run_goes_on_there(tmp_path, own_task):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = quick(tmp_path, steps=3, save_every=2, eval_every=2, report_to="tensorboard", keep_checkpoints=0, **own_task)
+    g.train(config)
+    run = tmp_path / "run"
+    g.train(dataclasses.replace(config, steps=4, resume=str(run / "checkpoint-2"), learning_rate=1e-3))
+    events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    for name in ("reward", "reward/my_rewards.many", "entropy", "grad_norm", "seconds"):
+        shown = [(e.step, e.value) for e in events.Scalars(name)]
+        assert shown == [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics]
+    assert [e.step for e in events.Scalars("held-out/accuracy")] == [0, 2, 4]
+    config, samples = (events.Tensors(f"{name}/text_summary") for name in ("config", "samples"))
+    assert '"learning_rate": 0.001' in config[-1].tensor_proto.string_val[0].decode()
+    first = lines(run / "samples.jsonl")[0]
+    assert f"reward {first['reward']:.3f}" in samples[0].tensor_proto.string_val[0].decode()
+
+
+class StandIn:
+    """For a service's module: it keeps what it is called with, and fails when told to."""
+
+    def __init__(self, failing=()):
+        self.calls, self.failing = [], failing
+
+    def __getattr__(self, name):
+        def call(*args, **named):
+            self.calls.append((name, args, named))
+            if name in self.failing:
+                raise ConnectionError("the service is down")
+            return self if name == "init" else args
+
+        return call
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
+def test_services_get_numbers_samples_and_config_and_the_same_run_again(service, tmp_path, own_task, monkeypatch):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, service, module)
+    config = quick(tmp_path, save_every=2, report_to=service, **own_task)
+    g.train(config)
+    g.train(dataclasses.replace(config, steps=3, resume=str(tmp_path / "run")))
+    opened = [named for name, _, named in module.calls if name == "init"]
+    assert len(opened) == 2 and all(x["resume"] == "allow" and x["name"] == "run" for x in opened)
+    assert all(x.get("id") == ("run" if service == "wandb" else None) for x in opened)
+    assert opened[0]["config"]["group_size"] == 4
+    logged = {(named["step"], k): x for name, (values,), named in
+              [call for call in module.calls if call[0] == "log"] for k, x in values.items()}
+    for m in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert logged[m["step"], "reward"] == m["reward"]
+    assert [step for step, name in logged if name == "held-out/accuracy"] == [0, 2, 3]
+    text = {"wandb": "<pre>reward ", "trackio": "    reward "}[service]
+    assert logged[1, "samples"][0].startswith(text)
+    assert [name for name, *_ in module.calls].count("finish") == 2
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_a_service_that_is_down_is_warned_of_once_and_stops_nothing(failing, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn([failing]))
+    assert g.train(quick(tmp_path, report_to="wandb"))["steps"] == 2
+    assert capsys.readouterr().err.count("--report-to wandb failed (ConnectionError: the service is down)") == 1
+
+
+@pytest.mark.parametrize("service, module", data.SERVICES.items())
+def test_a_missing_service_is_refused_at_the_door(service, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(g.InputError, match=f"--report-to {service}.*pip install {service}, or drop it"):
+        g.train(quick(tmp_path, report_to=service))
+    assert not (tmp_path / "run").exists()
