@@ -12,6 +12,9 @@ brings) and, where supervised demonstrations are wanted, `completion`.
 Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mixing several tasks in one run.
 """
 
+import hashlib
+import html
+import importlib
 import itertools
 import json
 import operator
@@ -22,7 +25,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -481,6 +484,8 @@ class RewardModel:
 # ---- The run's files ---------------------------------------------------------------------------------------
 
 STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
+EVALUATION = "evaluation.json"  # in `best`
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # three libraries, one full disk
 
 
 def refuse_folder(folder: Path, new: bool) -> None:
@@ -490,6 +495,39 @@ def refuse_folder(folder: Path, new: bool) -> None:
     nearest = next(parent for parent in folder.absolute().parents if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise InputError(f"--output-dir {folder.parent}: {nearest} can't be written to; choose another")
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, checkpoints: int) -> None:
+    """Raises InputError when the disk has no room for one checkpoint and `final/`; warns when it has none for
+    all that a run may hold at once: so many checkpoints, `best/` and `final/`.
+
+    What lies in a resumed run's folder already counts as room.
+    """
+    if not first_rank():
+        return
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    room, checkpoint = shutil.disk_usage(nearest).free + bytes_in(folder), model_bytes + state_bytes
+    least, whole = model_bytes + checkpoint * bool(checkpoints), 2 * model_bytes + checkpoint * checkpoints
+    if room < least:
+        raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ and "
+                         f"the checkpoint before it take {least / 1e9:.1f} GB; make room, choose another, or "
+                         "save no checkpoints: --save-every 0 --save-minutes 0")
+    if room < whole:
+        warn(f"the disk has {room / 1e9:.1f} GB free, and {checkpoints} checkpoints of {checkpoint / 1e9:.1f} GB, "
+             f"best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are removed where room is "
+             "needed, never the newest")
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Remove a run's older checkpoints, never the newest, until so many bytes are free."""
+    for old in checkpoints(folder)[:-1] if first_rank() else []:
+        if shutil.disk_usage(folder).free < needed:
+            remove(old)
+            warn(f"{old} was removed, as the disk had no room")
 
 
 def first_rank() -> bool:
@@ -534,8 +572,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None:
-    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it.
+def save_folder(
+    policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None
+) -> None:
+    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it,
+    or the evaluation that made it the best.
 
     It appears whole or not at all: written beside, synced, renamed.
     """
@@ -549,14 +590,23 @@ def save_folder(policy: Policy, folder: Path, state: dict | None = None) -> None
         if state is not None:
             (partial / STATE).parent.mkdir()
             torch.save(state, partial / STATE)
+        if evaluation is not None:
+            write_json(partial / EVALUATION, evaluation)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         if folder.exists():  # `final` of a run that is resumed after its end
-            shutil.rmtree(folder)
+            remove(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     sync(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; renamed first, so that one half deleted is never taken for a whole one."""
+    old = folder.parent / ".checkpoint.old"
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(folder.rename(old))
 
 
 def step_of(checkpoint: Path) -> str:
@@ -578,31 +628,66 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
     if checkpoint.exists() or not first_rank():
         return
     try:
+        if keep:
+            make_room(folder, sum(map(bytes_in, checkpoints(folder)[-1:])))
         save_folder(policy, checkpoint, state)
-        shutil.rmtree(folder / ".checkpoint.old", ignore_errors=True)
         for old in checkpoints(folder)[:-keep] if keep else []:
-            # Renamed first, so that one half deleted is never taken for a checkpoint.
-            shutil.rmtree(old.rename(folder / ".checkpoint.old"))
-    except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
+            remove(old)
+    except SAVE_ERRORS as error:
         warn(f"{checkpoint.name} could not be saved ({textwrap.shorten(str(error), 200)}); older ones stay")
 
 
 def save_final(policy: Policy, folder: Path) -> None:
-    """The run's `final/`; InputError, with what can be done about it, where it can't be written."""
+    """The run's `final/`, for which older checkpoints make room; InputError, with what can be done about it,
+    where it can't be written."""
     try:
+        make_room(folder, sum(p.nbytes for p in policy.model.parameters()))
         save_folder(policy, folder / "final")
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except SAVE_ERRORS as error:
         advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
         raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
+
+
+def best_evaluation(folder: Path) -> dict:
+    """The evaluation of the model in a run's `best/`, or one that any other beats."""
+    path = folder / "best" / EVALUATION
+    return json.loads(path.read_text()) if path.is_file() else {"accuracy": -1.0, "step": 0}
+
+
+def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
+    """`best/`, when this evaluation's accuracy is above that of the model there; returns the better evaluation,
+    of two alike the earlier. A failure only warns."""
+    best = best_evaluation(folder)
+    if evaluation["accuracy"] <= best["accuracy"]:
+        return best
+    try:
+        save_folder(policy, folder / "best", evaluation=evaluation)
+    except SAVE_ERRORS as error:
+        warn(f"best/ could not be saved ({textwrap.shorten(str(error), 200)}); training goes on")
+    return evaluation
 
 
 def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:
-        return torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
+        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
+        missing = {"config", "limits", "step"} - set(state)
     except Exception as error:  # a damaged file can break the reader anywhere
         raise InputError(f"--resume: {checkpoint / STATE} can't be read ("
                          f"{textwrap.shorten(str(error), 200)}); use another checkpoint") from error
+    if missing:
+        raise InputError(f"--resume: {checkpoint / STATE} is not the state of a run, it has no "
+                         f"{' and no '.join(sorted(missing))}; use another checkpoint")
+    return state
+
+
+def fingerprints(examples: list[dict], heldout: list[dict], reward: list[str]) -> dict[str, str]:
+    """A hash of each thing from outside that a run depends on, under what a person calls it."""
+    found = {what: json.dumps(x, sort_keys=True, default=str).encode()
+             for what, x in {"the examples to train on": examples, "the held-out examples": heldout}.items()}
+    files = [spec.split(":")[0] for spec in reward]
+    found |= {name: Path(name).read_bytes() for name in files if name.endswith(".py")}
+    return {what: hashlib.sha256(x).hexdigest() for what, x in found.items()}
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
@@ -625,10 +710,11 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
 def go_back_to(folder: Path, step: int) -> list[dict]:
     """Leave in a run's folder what a checkpoint of that step knows; returns its metrics.
 
-    Later checkpoints are renamed: they belong to the course that was left.
+    Later checkpoints are renamed, and a `best/` of a later step: they belong to the course that was left.
     """
-    for later in checkpoints(folder):
-        if int(step_of(later)) > step:
+    steps = {c: int(step_of(c)) for c in checkpoints(folder)} | {folder / "best": best_evaluation(folder)["step"]}
+    for later in steps:
+        if steps[later] > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
     records = {"samples.jsonl": [], "metrics.jsonl": []}
@@ -655,6 +741,8 @@ def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
 
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
     """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
+    if not first_rank():
+        return
     from matplotlib.figure import Figure  # draws without a display
 
     rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
@@ -677,7 +765,80 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
         axis.grid(alpha=0.3)
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    try:
+        beside = path.with_suffix(".partial.png")
+        figure.savefig(beside, dpi=110)
+        beside.replace(path)
+    except OSError as error:
+        warn(f"{path} can't be drawn ({error})")
+
+
+SERVICES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def import_service(service: str):
+    """The module of an optional package that --report-to names; InputError where it is missing."""
+    try:
+        return importlib.import_module(SERVICES[service])
+    except ImportError as error:
+        raise InputError(f"--report-to {service}: can't be imported ({error}); pip install {service}, or "
+                         "drop it") from error
+
+
+class Dashboard:
+    """The numbers of metrics.jsonl and a few samples, sent elsewhere too (`service` "none": nowhere).
+
+    A resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps. A
+    service that fails is warned of once, and training goes on.
+    """
+
+    def __init__(self, service: str, folder: Path, config: dict, step: int):
+        self.service, self.run, self.failed = service, None, False
+        if service != "none" and first_rank():
+            self.module, name = import_service(service), re.sub(r"[^\w.-]", "-", folder.absolute().name)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._attempt(lambda: self._open(folder, name, config, step))
+
+    def _open(self, folder: Path, name: str, config: dict, step: int) -> None:
+        if self.service == "tensorboard":
+            self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+            self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
+        else:
+            more = {"id": name, "dir": str(folder)} if self.service == "wandb" else {}
+            self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow", **more)
+
+    def _attempt(self, send: Callable[[], None]) -> None:
+        try:
+            send()
+        except Exception as error:  # noqa: BLE001  each service has its own
+            if not self.failed:
+                warn(f"--report-to {self.service} failed ({type(error).__name__}: "
+                     f"{textwrap.shorten(str(error), 200)}); training goes on")
+            self.failed = True
+
+    def log(self, record: dict, samples: Iterable[dict] = (), prefix: str = "") -> None:
+        """Send a record's numbers under their names, after `prefix`, and samples' rewards and texts."""
+        numbers = {prefix + k: x for k, x in record.items() if isinstance(x, (int, float)) and k != "step"}
+        text = "\n\n".join(f"reward {x['reward']:.3f}\n{x['completion']}" for x in samples)
+        if self.run is not None:
+            self._attempt(lambda: self._send(record["step"], numbers, text))
+
+    def _send(self, step: int, numbers: dict[str, float], text: str) -> None:
+        markdown = textwrap.indent(text, "    ")  # code, so that tags are shown
+        if self.service == "tensorboard":
+            for name, x in numbers.items():
+                self.run.add_scalar(name, x, step)
+            if text:
+                self.run.add_text("samples", markdown, step)
+            self.run.flush()
+        elif text and self.service == "wandb":
+            self.run.log(numbers | {"samples": self.module.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+        else:
+            self.run.log(numbers | ({"samples": self.module.Markdown(markdown)} if text else {}), step=step)
+
+    def close(self) -> None:
+        if self.run is not None:
+            self._attempt(self.run.close if self.service == "tensorboard" else self.run.finish)
 
 
 # ---- What a person sees ------------------------------------------------------------------------------------
@@ -689,11 +850,20 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
     if not (first_rank() or from_all):
         return
     file = file or sys.stdout
+    if file is None or file.closed:  # closed outright, as by `>&-`
+        return
     try:
         tqdm.write(message, file=file)
         file.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    except OSError:
+        pass  # a log on a full disk; later lines may fit again
+
+
+def has_terminal() -> bool:
+    """Whether bars can be shown."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def warn(message: str) -> None:
@@ -735,8 +905,9 @@ def report(summary: dict, eval_samples: int, folder: Path) -> str:
     for name, (before, after) in rows.items():
         if None not in (before, after):  # pass@k is asked for, and may be from a resumed run's end on
             lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
+    best = f"best/ (held-out accuracy {summary['best']['accuracy']:.3f}, step {summary['best']['step']})"
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
-    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/")])
+    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/", best)])
 
 
 def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:

@@ -24,9 +24,10 @@ import signal
 import statistics
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -173,13 +174,17 @@ class Config:
     eval_samples: int = flag(0, "sample so many answers to each held-out example too; report pass@k",
                              at_least=0, may_change=True)
     eval_only: bool = flag(False, "evaluate the model and stop")
-    save_every: int = flag(0, "steps between checkpoints; 0: only the final model is saved", at_least=0,
-                           may_change=True)
+    save_every: int = flag(50, "steps between checkpoints; 0: none by steps", at_least=0, may_change=True)
+    save_minutes: float = flag(30.0, "minutes between checkpoints, where that comes first; 0: none by time",
+                               at_least=0, may_change=True)
     keep_checkpoints: int = flag(2, "keep this many checkpoints, the newest; 0 keeps all", at_least=0,
                                  may_change=True)
     resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
                               "from `latest`, the newest of the newest run; its settings are taken over",
                               may_change=True)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
+        "none", "send the numbers of metrics.jsonl there too; a package of its own", may_change=True
+    )
     max_bad_steps: int = flag(5, "stop after so many steps in a row without finite loss and gradient",
                               at_least=1, may_change=True)
 
@@ -1246,7 +1251,7 @@ def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: i
     It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
     """
     encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
-    for step in tqdm(range(steps), "cold start", leave=False, disable=not sys.stderr.isatty()):
+    for step in tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal()):
         batch = [rng.choice(examples) for _ in range(batch_size)]
         answers = [encode(data.demonstration(e, rng)) + [policy.tokenizer.eos_token_id] for e in batch]
         weight = 1 / sum(map(len, answers))
@@ -1286,6 +1291,7 @@ class Run:
     limits: memory.Limits
     optimizer: memory.AdamW8bit
     generator: torch.Generator  # the sampler draws from it
+    inputs: dict[str, str]  # hashes of what a resumed run should find as it was
     before: dict | None = None  # the evaluation before the first step
     step: int = 0
     bad_steps: int = 0  # in a row
@@ -1317,7 +1323,7 @@ class Run:
             "config": dataclasses.asdict(self.config), "limits": dataclasses.asdict(self.limits),
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
-            "examples": len(self.examples), **{name: getattr(self, name) for name in self.progress},
+            "inputs": self.inputs, **{name: getattr(self, name) for name in self.progress},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -1339,6 +1345,8 @@ def open_run(config: Config) -> Run | None:
     all there is.
     """
     check_config(config)
+    if config.report_to != "none":
+        data.import_service(config.report_to)  # refused now, where it is missing
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
@@ -1382,6 +1390,13 @@ def open_run(config: Config) -> Run | None:
     say(plan.table())
     if config.plan_only:
         return None
+    if not config.eval_only:
+        # Of all ranks: Adam's moments, a byte each with their scales; bf16 masters' lower halves; the reference.
+        byte = dtype.itemsize
+        state_bytes = plan.parameters * (2 + 8 / 256 + 2 * (byte == 2) + byte * (config.beta > 0))
+        kept = config.keep_checkpoints or config.steps // (config.save_every or config.steps or 1)
+        saves = (kept + 1) * bool(config.save_every or config.save_minutes)  # the oldest goes after the newest
+        data.refuse_full_disk(folder, plan.parameters * byte, state_bytes, saves)
 
     if device == "cuda":  # what is beyond the plan is left to cuBLAS and kernels that are loaded late
         memory.cap_cuda(plan.memory_budget_bytes)
@@ -1407,7 +1422,7 @@ def open_run(config: Config) -> Run | None:
         config, device, folder, policy, examples, heldout, sampler,
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
-        torch.Generator().manual_seed(config.seed),
+        torch.Generator().manual_seed(config.seed), data.fingerprints(examples, heldout, config.reward),
     )
     run.random_state = run.generator.get_state()
     if state:
@@ -1416,9 +1431,9 @@ def open_run(config: Config) -> Run | None:
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
                              "the device, dtype and model that it was made with") from error
-        if state["examples"] != len(examples):
-            raise InputError(f"--resume {checkpoint}: the task has {len(examples)} examples now, not "
-                             f"{state['examples']}; bring back those that the run was started with")
+        if changed := [what for what, x in run.inputs.items() if state.get("inputs", {}).get(what, x) != x]:
+            warn(f"not as they were when {checkpoint} was made: {', '.join(changed)}; the run goes on with what "
+                 "is there now, and what it reports before and after is not the same thing")
         say(f"resumed after step {run.step} from {checkpoint}")
     return run
 
@@ -1481,7 +1496,9 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
 
     if run.config.reference_url:
         run.reference.stop = lambda: bool(signals)
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Another thread may set no handlers; there, as in a notebook's, whoever started it stops it.
+    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
     except (InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference) as error:
@@ -1525,17 +1542,19 @@ def check_reference(run: Run) -> None:
 
 def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float) -> dict:
     """The end of a run: the final model, its evaluation, the picture and the summary, which is returned."""
-    after = {"accuracy": None, "pass_at_k": None}
+    after, best = {"accuracy": None, "pass_at_k": None}, data.best_evaluation(run.folder)
     if stopped_by is None:
         data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
         after = evaluate(run)
+        best = data.save_best(run.policy, run.folder, run.evaluations[-1])
     if metrics:  # of the first rank
         data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
     summary = {
         "recipe": run.config.recipe, "accuracy_before": run.before["accuracy"],
         "accuracy_after": after["accuracy"], "steps": run.step, "seconds": time.monotonic() - started,
         "peak_memory_bytes": memory.peak_memory(run.device), "pass_at_k_before": run.before["pass_at_k"],
-        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "stopped_by": stopped_by,
+        "pass_at_k_after": after["pass_at_k"], "evaluations": run.evaluations, "best": best,
+        "stopped_by": stopped_by,
     }
     data.write_json(run.folder / "summary.json", summary)
     if stopped_by is None:
@@ -1562,34 +1581,53 @@ def train(config: Config) -> dict:
         if config.eval_only:
             return {"recipe": config.recipe, **{k: run.before[k] for k in ("accuracy", "pass_at_k")}}
     run.optimizer.make_state()  # while the memory is in one piece
-    # The first things on disk: a run that can't start leaves nothing.
-    metrics = data.open_folder(run.folder, dataclasses.asdict(config), run.step)
-
     warned: set[str] = set()
     stopped_by: int | str | None = None
+    saved_at = time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
-               disable=not sys.stderr.isatty() or memory.my_rank()[0] > 0)
-    with stop_requests(run) as signals:
+               disable=not data.has_terminal() or memory.my_rank()[0] > 0)
+    settings = dataclasses.asdict(config)
+    with (stop_requests(run) as signals,
+          closing(data.Dashboard(config.report_to, run.folder, settings, run.step)) as dashboard):
+        # The first things on disk: a run that can't start, or is stopped before, leaves nothing.
+        metrics = data.open_folder(run.folder, settings, run.step)
+        if run.step == 0:
+            data.save_best(run.policy, run.folder, run.evaluations[0])
+            dashboard.log(run.evaluations[0], prefix="held-out/")
         for step in bar:
             record, episodes = grpo_step(run)
             metrics.append(record)
             data.append_lines(run.folder / "metrics.jsonl", [record])
-            data.append_lines(run.folder / "samples.jsonl", data.sample_records(step, episodes))
+            samples = data.sample_records(step, episodes)
+            data.append_lines(run.folder / "samples.jsonl", samples)
+            dashboard.log(record, samples[:3] if step % 10 == 1 else [])
             data.show_step(bar, record, config.steps)
             data.warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                say(f"step {step}: held-out accuracy {evaluate(run)['accuracy']:.3f}")
+                accuracy = evaluate(run)["accuracy"]
+                best = data.save_best(run.policy, run.folder, run.evaluations[-1])
+                say(f"step {step}: held-out accuracy {accuracy:.3f} (best {best['accuracy']:.3f} at step "
+                    f"{best['step']})")
+                data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
+                dashboard.log(run.evaluations[-1], prefix="held-out/")
             if run.bad_steps >= config.max_bad_steps:
                 stopped_by = "bad steps"
             elif asked := memory.gather(lambda: list(signals)):  # of any rank
                 stopped_by = asked[0]
-            save_due = config.save_every and step % config.save_every == 0 and not run.bad_steps
-            if save_due or stopped_by is not None:
+            save_due = config.save_every and step % config.save_every == 0
+            since = time.monotonic() - saved_at
+            if config.save_minutes and max(memory.gather(partial(list, [since]))) >= 60 * config.save_minutes:
+                save_due = True
+            if (save_due and not run.bad_steps) or stopped_by is not None:
                 run.save()
+                saved_at = time.monotonic()
             if stopped_by is not None:
                 break
         bar.close()
-        return finish(run, metrics, stopped_by, started)
+        summary = finish(run, metrics, stopped_by, started)
+        if stopped_by is None:
+            dashboard.log(run.evaluations[-1], prefix="held-out/")
+        return summary
 
 
 # ---- The command line --------------------------------------------------------------------------------------

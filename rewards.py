@@ -223,13 +223,13 @@ def score(completion: str, example: dict, weights: dict[str, float]) -> tuple[fl
     return sum((weights[name] * part for name, part in parts.items()), 0.0), parts
 
 
-def _load(path: str, function: str) -> str:
-    """Run the Python file at `path` and put its `function` into REWARDS; returns the key."""
+def _load(path: str, function: str, key: str) -> None:
+    """Run the Python file at `path` and put its `function` into REWARDS, under `key`."""
     file = Path(path)
     if not file.is_file():
         raise RewardError(f"no file {path!r} in {Path.cwd()}; type where it is: path/to/file.py:function")
     # The prefix keeps a reward file called data.py from taking the place of another module of that name.
-    spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"reward_file_{key}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a dataclass in the file looks its module up there
     try:
@@ -241,24 +241,26 @@ def _load(path: str, function: str) -> str:
         own = [name for name, x in found.items() if isinstance(x, FunctionType) and x.__module__ == spec.name]
         choices = ", ".join(f"{path}:{name}" for name in own) or "nothing yet, it has no functions"
         raise RewardError(f"{function!r} is no function in {path!r}; type one of: {choices}")
-    key = f"{file.stem}.{function}"
     REWARDS[key] = found[function]
-    return key
 
 
 def parse_rewards(specs: list[str]) -> dict[str, float]:
     """Weights for `score` from `name`, `name:weight`, `path/to/file.py:function[:weight]`; without one, 1.0.
 
-    A function of your own joins REWARDS under its file's stem and its name, "my_rewards.brevity"; its file is
-    run to load it. Raises RewardError, saying what to type instead, for a spec that can't be followed.
+    A function of your own joins REWARDS under its file's stem and its name, "my_rewards.brevity" (a second file
+    of the same stem: under its path); its file is run to load it. Raises RewardError, saying what to type instead, for a spec that can't be followed.
     """
-    weights = {}
+    weights, files = {}, {}
     for spec in specs:
         reward, *weight = spec.split(":")
         name = reward
         if reward.endswith(".py"):
             path, function = reward, weight.pop(0) if weight else ""
-            reward, name = f"{path}:{function}", _load(path, function)
+            reward, file = f"{path}:{function}", Path(path).resolve()
+            name = f"{file.stem}.{function}"
+            if files.setdefault(name, file) != file:
+                name = f"{file.with_suffix('')}.{function}"
+            _load(path, function, name)
         _find(name)
         if name in weights:
             raise RewardError(f"reward {name!r} is given twice; drop {spec!r}, or its first mention")

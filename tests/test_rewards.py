@@ -1100,6 +1100,20 @@ def test_a_weight_that_is_no_finite_number_is_refused(weight, reward_file):
         assert f"like {reward}:0.5" in message
 
 
+def test_two_files_of_one_name_are_both_used(tmp_path, monkeypatch):
+    for folder, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"def f(completion, example):\n    return {value}\n")
+    monkeypatch.chdir(tmp_path)
+    weights = rewards.parse_rewards(["a/mine.py:f", f"{tmp_path}/b/mine.py:f:0.5"])
+    assert weights == {"mine.f": 1.0, f"{tmp_path}/b/mine.f": 0.5}
+    assert rewards.score("", {}, weights) == (2.0, {"mine.f": 1.0, f"{tmp_path}/b/mine.f": 2.0})
+    for again in ("a/mine.py:f", f"{tmp_path}/b/../a/mine.py:f", "b/mine.py:f"):
+        with pytest.raises(rewards.RewardError, match="given twice"):
+            rewards.parse_rewards(["a/mine.py:f", f"{tmp_path}/b/mine.py:f:0.5", again])
+    assert rewards.score("", {}, rewards.parse_rewards(["b/mine.py:f"])) == (2.0, {"mine.f": 2.0})
+
+
 def test_the_same_reward_twice_is_refused(reward_file):
     message = refusal("countdown_format", "countdown_format:0.1")
     assert "'countdown_format' is given twice" in message

@@ -4,9 +4,11 @@ import dataclasses
 import datetime
 import fcntl
 import gc
+import io
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -38,7 +41,8 @@ def quick(tmp_path, name="run", recipe="tiny", **overrides):
     """A recipe made small enough to run in a second or two."""
     settings = {
         "steps": 2, "cold_start_steps": 0, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 10,
-        "eval_examples": 4, "output_dir": str(tmp_path), "name": name, "device": "cpu", **overrides,
+        "eval_examples": 4, "output_dir": str(tmp_path), "name": name, "device": "cpu", "save_every": 0,
+        **overrides,
     }
     return g.make_config(recipe, **settings)
 
@@ -87,7 +91,7 @@ def test_two_steps_on_a_local_model_with_an_own_task_and_reward(tmp_path, qwen2_
     folder = tmp_path / "mine"
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-1", "checkpoint-2",
-        "final", "summary.json"}
+        "final", "best", "summary.json"}
 
     metrics = lines(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
@@ -338,11 +342,12 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
     assert Path(config.resume) == checkpoint
     with pytest.raises(g.InputError, match="doesn't suit this run .*dtype"):
         g.train(dataclasses.replace(config, dtype="bfloat16"))
-    rows = Path(own_task["task"]).read_text().splitlines()
-    Path(own_task["task"]).write_text("\n".join(rows[:6]))
-    with pytest.raises(g.InputError, match="has 2 examples now, not 8"):
-        g.train(config)
-    Path(own_task["task"]).write_text("\n".join(rows))
+    state_of = checkpoint / data.STATE
+    state = torch.load(state_of, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != "config"}, state_of)
+    with pytest.raises(g.InputError, match="is not the state of a run, it has no config; use another"):
+        g.parse_command_line(["--resume", "."])
+    torch.save(state, state_of)
     assert g.train(config)["steps"] == 2 and (tmp_path / "run" / "final").exists()
     latest = g.parse_command_line(["--resume", "latest", "--output_dir", str(tmp_path), "--reward",
                                    *own_task["reward"], "--memory-budget-gib", "3", "--steps", "3"])
@@ -354,6 +359,74 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
     latest = dataclasses.replace(latest, memory_budget_gib=None)
     assert g.open_run(latest).limits.max_rows == 1
     assert g.open_run(dataclasses.replace(latest, offload_optimizer=True)).limits.max_rows > 1
+
+
+def test_what_has_changed_since_the_checkpoint_is_named(tmp_path, own_task, capsys):
+    config = quick(tmp_path, steps=1, save_every=1, keep_checkpoints=0, **own_task)
+    g.train(config)
+    resumed = dataclasses.replace(config, resume=str(tmp_path / "run" / "checkpoint-1"))
+    task, reward = Path(own_task["task"]), tmp_path / "my_rewards.py"
+    whole, code = task.read_text(), reward.read_text()
+    held = {line["prompt"] for line in g.open_run(resumed).heldout}
+    assert "not as they were" not in capsys.readouterr().err
+    rows = whole.splitlines()
+    first_held = next(i for i, row in enumerate(rows) if json.loads(row)["prompt"] in held)
+    first_trained = next(i for i, row in enumerate(rows) if json.loads(row)["prompt"] not in held)
+    for path, text, told in (
+        (task, whole.replace(rows[first_held], rows[first_held].replace("Write", "Spell")), "the held-out examples;"),
+        (task, whole.replace(rows[first_trained], rows[first_trained].replace("Write", "Spell")),
+         "the examples to train on;"),
+        (reward, code + "\n", f"{reward};"),
+    ):
+        path.write_text(text)
+        assert g.open_run(resumed).step == 1
+        assert f"was made: {told}" in capsys.readouterr().err
+        task.write_text(whole)
+        reward.write_text(code)
+    task.write_text("\n".join(rows[:8]))
+    assert g.train(dataclasses.replace(resumed, steps=3))["steps"] == 3  # with fewer examples than before
+    assert "was made: the examples to train on, the held-out examples;" in capsys.readouterr().err
+
+
+def test_a_run_in_a_thread_of_a_program_that_prints_nowhere(tmp_path, monkeypatch):
+    """As in a notebook's worker: no signals; and with `>&-`, which gives None, or closed by the program."""
+    closed = io.StringIO()
+    closed.close()
+    for name, stream in (("none", None), ("closed", closed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stderr", stream)
+            thread = threading.Thread(target=g.train, args=[quick(tmp_path, name, cold_start_steps=1)])
+            thread.start()
+            thread.join()
+        assert json.loads((tmp_path / name / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("flags, last_line", [
+    (["--cold-start-steps", "9999"], "cold start:"), (["--eval-examples", "600", "--max-new-tokens", "900"], "budget"),
+])
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path, flags, last_line):
+    process = endless_run(tmp_path, *flags)
+    for line in process.stdout:
+        if line.startswith(last_line):
+            break
+    time.sleep(1)  # into the cold start, or the first evaluation
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "accuracy" not in out and "Traceback" not in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_format_is_kept_or_refused_and_never_dropped(monkeypatch, capsys):
+    lm_book = ["--recipe", "lm-book", "--prompt-format", "gsm8k-reasoning"]  # which is its own
+    assert g.parse_command_line(lm_book).prompt_format == "gsm8k-reasoning"
+    for task, told in (("countdown", "with --task countdown, use one of countdown, mini-countdown"),
+                       ("mine.jsonl", "a file's prompts are used as they stand; drop it")):
+        with pytest.raises(g.InputError, match=f"--prompt-format gsm8k-reasoning: {told}"):
+            g.parse_command_line([*lm_book, "--task", task])
+        assert g.parse_command_line([*lm_book[:2], "--task", task]).prompt_format is None
+    other = g.parse_command_line(["--recipe", "improved", "--prompt-format", "mini-countdown"])
+    assert other.prompt_format == "mini-countdown"
 
 
 def test_a_reader_that_has_gone_ends_no_run(tmp_path):
@@ -405,6 +478,66 @@ def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
     assert len(list((tmp_path / "run").glob("left-checkpoint-*"))) == 2
     assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert {m["step"] for m in lines(tmp_path / "run" / "samples.jsonl")} == {1, 2, 3}
+
+
+def accuracies(monkeypatch, *values):
+    """Let the evaluations find these, one after the other."""
+    values = iter(values)
+
+    def evaluate(run):
+        run.evaluations.append({"step": run.step, "accuracy": next(values), "pass_at_k": None})
+        return {**run.evaluations[-1], "shown": []}
+
+    monkeypatch.setattr(g, "evaluate", evaluate)
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_best_model_is_kept_and_told_at_every_evaluation(tmp_path, own_task, monkeypatch, capsys):
+    accuracies(monkeypatch, 0.25, 0.5, 0.75, 0.5, 0.75, 0.0)  # before, then after each step: a tie at the fourth
+    drawn, real = [], data.draw_curves
+    monkeypatch.setattr(data, "draw_curves", lambda metrics, *x: (drawn.append(len(metrics)), real(metrics, *x)))
+    config = quick(tmp_path, steps=5, eval_every=1, save_every=1, keep_checkpoints=0, learning_rate=1e-2,
+                   **own_task)
+    summary = g.train(config)
+    run, told = tmp_path / "run", capsys.readouterr().out
+    assert "step 1: held-out accuracy 0.500 (best 0.500 at step 1)" in told
+    assert "step 4: held-out accuracy 0.750 (best 0.750 at step 2)" in told
+    assert "best/ (held-out accuracy 0.750, step 2)" in told
+    assert drawn == [1, 2, 3, 4, 5] and not list(run.glob("*partial*"))
+    best = {"step": 2, "accuracy": 0.75, "pass_at_k": None}
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == summary["best"] == best
+    assert same_weights(run / "best", run / "checkpoint-2") and not same_weights(run / "best", run / "final")
+    data.load_policy(str(run / "best"), *data.load_config(str(run / "best"))[1:], dtype=torch.float32, device="cpu")
+
+    # From a later checkpoint it is still the best, with an earlier one it is set aside.
+    accuracies(monkeypatch, 0.5)
+    g.train(dataclasses.replace(config, resume=str(run / "checkpoint-4")))
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == best
+    accuracies(monkeypatch, 0.6, 0.7, 0.1, 0.1)
+    g.train(dataclasses.replace(config, resume=str(run / "checkpoint-1")))
+    [left] = run.glob("left-best-*")
+    assert json.loads((left / "evaluation.json").read_text()) == best and "left-best-" in capsys.readouterr().err
+    assert same_weights(run / "best", run / "checkpoint-3")
+
+
+def test_a_best_model_that_cannot_be_saved_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    accuracies(monkeypatch, 0.25, 0.5, 0.5)
+    real = data.save_folder
+
+    def save_folder(policy, folder, *more, **named):
+        if folder.name == "best":
+            raise OSError("No space left on device")
+        real(policy, folder, *more, **named)
+
+    monkeypatch.setattr(data, "save_folder", save_folder)
+    g.train(quick(tmp_path, eval_every=1))
+    assert (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "best").exists()
+    out, err = capsys.readouterr()
+    assert "best/ could not be saved" in err and "(best 0.500 at step 1)" in out
 
 
 def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_task):
@@ -552,6 +685,7 @@ def test_on_a_terminal_there_are_bars_and_no_plain_lines(tmp_path):
             break
     assert process.wait(timeout=60) == 0
     assert b"GRPO" in shown and b"reward=" in shown and b"2/2" in shown and b"step 1/2" not in shown
+    assert re.search(rb"1/2 \[\d\d:\d\d<\d\d:\d\d, [^\r]*accuracy=", shown)  # time gone < time left
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
@@ -565,6 +699,67 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert done.returncode == 2 and "final can't be written" in done.stderr.splitlines()[-1]
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
     assert data.checkpoints(tmp_path / "run") == []
+
+
+def a_disk_of(size, folder, monkeypatch):
+    """Let the disk seem to hold `size` bytes, of which what lies in `folder` is used."""
+    def usage(path):
+        used = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+        return shutil._ntuple_diskusage(size, used, size - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def test_a_run_saves_by_steps_and_by_the_clock_unless_told_not_to(tmp_path, monkeypatch):
+    config = g.make_config("tiny", device="cpu")
+    assert (config.save_every, config.save_minutes) == (50, 30.0)
+    clock = iter(range(0, 10**9, 60))  # each look at the clock is a minute later
+    monkeypatch.setattr(g.time, "monotonic", lambda: next(clock))
+    g.train(quick(tmp_path, "never", steps=4, save_minutes=0))
+    assert data.checkpoints(tmp_path / "never") == []
+    g.train(quick(tmp_path, "clock", steps=4, save_minutes=12.0, keep_checkpoints=0))
+    by_clock = [int(data.step_of(c)) for c in data.checkpoints(tmp_path / "clock")]
+    assert 1 <= len(by_clock) < 4
+    g.train(quick(tmp_path, "both", steps=4, save_minutes=12.0, save_every=1, keep_checkpoints=0))
+    assert len(data.checkpoints(tmp_path / "both")) == 4
+
+
+def test_a_disk_too_small_for_a_checkpoint_and_the_final_model_is_refused(tmp_path, monkeypatch, capsys):
+    """What is foretold is compared with the sizes of the folders that a run has written."""
+    settings = {"beta": 0.1, "dtype": "bfloat16", "steps": 1}
+    g.train(quick(tmp_path, "measured", save_every=1, **settings))
+    final, checkpoint = (
+        sum(p.stat().st_size for p in (tmp_path / "measured" / name).rglob("*") if p.suffix in (".pt", ".safetensors"))
+        for name in ("final", "checkpoint-1"))
+    (tmp_path / "disk").mkdir()
+    a_disk_of(0.95 * (checkpoint + final), tmp_path / "disk", monkeypatch)
+    config = quick(tmp_path / "disk", save_every=1, keep_checkpoints=1, **settings)
+    with pytest.raises(g.InputError, match=r"0\.0 GB free.*make room.*--save-every 0 --save-minutes 0"):
+        g.train(config)
+    assert list((tmp_path / "disk").iterdir()) == []
+    for size, warned in ((1.1 * (checkpoint + final), True), (1.05 * (2 * checkpoint + 2 * final), False)):
+        a_disk_of(size, tmp_path / "disk", monkeypatch)
+        g.open_run(config)
+        assert ("older checkpoints are removed" in capsys.readouterr().err) == warned
+    a_disk_of(1.1 * final, tmp_path / "disk", monkeypatch)
+    g.open_run(dataclasses.replace(config, save_every=0, save_minutes=0))
+
+
+def test_older_checkpoints_make_room_and_the_newest_stays(tmp_path, monkeypatch, capsys):
+    g.train(quick(tmp_path, steps=3, save_every=1, keep_checkpoints=3))
+    run, size = tmp_path / "run", lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    policy = data.load_policy("embedded", data.tiny_tokenizer(), dtype=torch.float32, device="cpu")
+    shutil.rmtree(run / "final")
+    a_disk_of(size(run) + 1000, run, monkeypatch)
+    data.save_final(policy, run)
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-2", "checkpoint-3"] and (run / "final").exists()
+    assert "checkpoint-1 was removed" in capsys.readouterr().err
+    a_disk_of(size(run) + 1000, run, monkeypatch)
+    data.save_checkpoint(policy, {**data.load_state(run / "checkpoint-3"), "step": 4}, run, keep=3)
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-3", "checkpoint-4"]
+    a_disk_of(0, run, monkeypatch)
+    data.save_final(policy, run)
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-4"]
 
 
 def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_path):
@@ -760,3 +955,78 @@ def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_rea
     assert told in out + err and not (tmp_path / "runs").exists()
     if not code:
         assert "494.0 M parameters" in out and "bfloat16" in out and "KV cache" in out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Dashboards
+
+
+def test_tensorboard_shows_the_numbers_of_metrics_jsonl_and_a_resumed_run_goes_on_there(tmp_path, own_task):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = quick(tmp_path, steps=3, save_every=2, eval_every=2, report_to="tensorboard", keep_checkpoints=0, **own_task)
+    g.train(config)
+    run = tmp_path / "run"
+    g.train(dataclasses.replace(config, steps=4, resume=str(run / "checkpoint-2"), learning_rate=1e-3))
+    events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    for name in ("reward", "reward/my_rewards.many", "entropy", "grad_norm", "seconds"):
+        shown = [(e.step, e.value) for e in events.Scalars(name)]
+        assert shown == [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics]
+    assert [e.step for e in events.Scalars("held-out/accuracy")] == [0, 2, 4]
+    config, samples = (events.Tensors(f"{name}/text_summary") for name in ("config", "samples"))
+    assert '"learning_rate": 0.001' in config[-1].tensor_proto.string_val[0].decode()
+    first = lines(run / "samples.jsonl")[0]
+    assert f"reward {first['reward']:.3f}" in samples[0].tensor_proto.string_val[0].decode()
+
+
+class StandIn:
+    """For a service's module: it keeps what it is called with, and fails when told to."""
+
+    def __init__(self, failing=()):
+        self.calls, self.failing = [], failing
+
+    def __getattr__(self, name):
+        def call(*args, **named):
+            self.calls.append((name, args, named))
+            if name in self.failing:
+                raise ConnectionError("the service is down")
+            return self if name == "init" else args
+
+        return call
+
+
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
+def test_services_get_numbers_samples_and_config_and_the_same_run_again(service, tmp_path, own_task, monkeypatch):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, service, module)
+    config = quick(tmp_path, save_every=2, report_to=service, **own_task)
+    g.train(config)
+    g.train(dataclasses.replace(config, steps=3, resume=str(tmp_path / "run")))
+    opened = [named for name, _, named in module.calls if name == "init"]
+    assert len(opened) == 2 and all(x["resume"] == "allow" and x["name"] == "run" for x in opened)
+    assert all(x.get("id") == ("run" if service == "wandb" else None) for x in opened)
+    assert opened[0]["config"]["group_size"] == 4
+    logged = {(named["step"], k): x for name, (values,), named in
+              [call for call in module.calls if call[0] == "log"] for k, x in values.items()}
+    for m in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert logged[m["step"], "reward"] == m["reward"]
+    assert [step for step, name in logged if name == "held-out/accuracy"] == [0, 2, 3]
+    text = {"wandb": "<pre>reward ", "trackio": "    reward "}[service]
+    assert logged[1, "samples"][0].startswith(text)
+    assert [name for name, *_ in module.calls].count("finish") == 2
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_a_service_that_is_down_is_warned_of_once_and_stops_nothing(failing, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn([failing]))
+    assert g.train(quick(tmp_path, report_to="wandb"))["steps"] == 2
+    assert capsys.readouterr().err.count("--report-to wandb failed (ConnectionError: the service is down)") == 1
+
+
+@pytest.mark.parametrize("service, module", data.SERVICES.items())
+def test_a_missing_service_is_refused_at_the_door(service, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(g.InputError, match=f"--report-to {service}.*pip install {service}, or drop it"):
+        g.train(quick(tmp_path, report_to=service))
+    assert not (tmp_path / "run").exists()
