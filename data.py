@@ -95,6 +95,28 @@ PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
 }
 
 
+def asked_example(text: str, prompt_format: str) -> dict:
+    """The example that a JSON object is; of any other text one whose prompt has it as the user's turn.
+
+    Where the format is none of PROMPTS, as for a task from a file, the text is the prompt as it stands.
+    """
+    example = None
+    with suppress(ValueError):
+        example = json.loads(text)
+    if isinstance(example, dict):
+        try:
+            return example if "prompt" in example else {**example, "prompt": PROMPTS[prompt_format](example)}
+        except KeyError as error:
+            raise InputError(f"--ask {text}: the object has no {error}; an example holds what its prompt and its "
+                             "rewards read, or a `prompt`") from error
+    if prompt_format not in PROMPTS:
+        return {"prompt": text}
+    prompt = PROMPTS[prompt_format]({"nums": [], "target": "", "question": text})
+    if isinstance(prompt, list):
+        prompt = [{**m, "content": text} if m["role"] == "user" else m for m in prompt]
+    return {"prompt": prompt}
+
+
 def encode_prompt(tokenizer, prompt: str | list[dict], answer: str | None = None) -> list[int]:
     """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
 

@@ -71,6 +71,9 @@ class Config:
     list_recipes: bool = flag(False, "print the recipes as a table and stop")
     plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it does not "
                            "fit; loads no weights; --device cuda --memory-budget-gib 12 plans for such a card")
+    ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the run's "
+                           "prompt, or to a JSON object, an example, with its rewards; without a text: to each "
+                           "line of the input", nargs="?", const="")
     steps: int = flag(500, "optimization steps; each samples prompts-per-step x group-size answers",
                       at_least=0, may_change=True)
     seed: int = flag(0, "of embedded weights, data and sampling; a CPU run repeats bit for bit")
@@ -1630,6 +1633,31 @@ def train(config: Config) -> dict:
         return summary
 
 
+def ask(config: Config) -> None:
+    """Print the greedy answer to `config.ask`, or to each line of the input; to an example with its rewards."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype)
+    weights, trusted = rewards.parse_rewards(config.reward), config.trust_remote_code
+    model_config, tokenizer = data.load_config(config.model, trust_remote_code=trusted)
+    policy = open_policy(config.model, tokenizer, dtype=dtype, device=device, seed=config.seed,
+                         trust_remote_code=trusted)
+    for text in [config.ask] if config.ask else filter(str.strip, sys.stdin):
+        try:
+            example = data.asked_example(text.strip(), config.prompt_format or config.task)
+            data.tokenize(tokenizer, model_config, [example], config.max_new_tokens)
+            [answer] = sample(policy.model, [example["prompt_ids"]], max_new_tokens=config.max_new_tokens,
+                              temperature=0.0, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
+            completion = tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
+            say(completion)
+            if example.keys() - {"prompt", "prompt_ids"}:
+                reward, parts = rewards.score(completion, example, weights)
+                say(f"reward {reward:g} ({', '.join(f'{name} {x:g}' for name, x in parts.items())})")
+        except (InputError, rewards.RewardError) as error:
+            if config.ask:
+                raise
+            warn(str(error))  # and the next line is read
+
+
 # ---- The command line --------------------------------------------------------------------------------------
 
 
@@ -1641,7 +1669,8 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
 
     flags = dataclasses.make_dataclass("Flags", [  # the parser would hand all metadata on to argparse
         (f.name, f.type, field(default=f.default, default_factory=f.default_factory,
-                               metadata={"help": f.metadata["help"]})) for f in dataclasses.fields(Config)
+                               metadata={k: f.metadata[k] for k in ("help", "nargs", "const") if k in f.metadata}))
+        for f in dataclasses.fields(Config)
     ])
     parser = transformers.HfArgumentParser(
         flags, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
@@ -1660,9 +1689,15 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         if "--reward" not in arguments and any(name.split(":")[0].endswith(".py") for name in saved["reward"]):
             raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if "
                              "you trust it, give it again with --reward")
-    recipe = saved["recipe"] if saved else resolve_recipe(early.recipe)
+    beside = Path(early.model).absolute().parent / "config.json"  # a run's, of which the model is a part
+    of_run = {}
+    if early.ask is not None and beside.is_file():
+        of_run = json.loads(beside.read_text())
+        of_run = {k: of_run[k] for k in ("recipe", "task", "prompt_format", "max_new_tokens", "reward") if k in of_run}
+        of_run["reward"] = [x for x in of_run.get("reward", []) if not x.split(":")[0].endswith(".py")]  # code
+    recipe = saved["recipe"] if saved else resolve_recipe(of_run.get("recipe", early.recipe))
     parser.epilog = f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}"
-    parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None}))
+    parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None, **of_run}))
     groups = {f.name: f.metadata["group"] for f in dataclasses.fields(Config) if "group" in f.metadata}
     group = None
     for action in list(parser._actions):  # argparse has no public way to put an existing flag into a group
@@ -1710,6 +1745,9 @@ def main() -> None:
         config = parse_command_line()
         if config.list_recipes:
             say(recipe_table())
+            return
+        if config.ask is not None:
+            ask(config)
             return
         stopped_by = train(config).get("stopped_by")
     except (InputError, rewards.RewardError, memory.DoesNotFit, OSError) as error:

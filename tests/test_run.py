@@ -1030,3 +1030,78 @@ def test_a_missing_service_is_refused_at_the_door(service, module, tmp_path, mon
     with pytest.raises(g.InputError, match=f"--report-to {service}.*pip install {service}, or drop it"):
         g.train(quick(tmp_path, report_to=service))
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --ask
+
+
+def ask(monkeypatch, capsys, *arguments, typed=""):
+    """What the command line with these arguments prints, and its exit code."""
+    monkeypatch.setattr(sys, "argv", ["grpo_scratch.py", "--device", "cpu", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    capsys.readouterr()
+    try:
+        g.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return out, err, code
+
+
+def test_ask_prints_the_greedy_answer_of_a_runs_model(tmp_path, monkeypatch, capsys):
+    """Compared with transformers' generate on the prompt that the run trained on."""
+    g.train(quick(tmp_path, steps=0, cold_start_steps=20, cold_start_lr=3e-3, max_new_tokens=24))
+    final = tmp_path / "run" / "final"
+    model = transformers.AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+
+    def generated(nums, target):
+        messages = [{"role": "user", "content": f"numbers {nums[0]} {nums[1]} target {target}"},
+                    {"role": "assistant", "content": "<think>"}]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True),
+                        return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1]:]
+        return tokenizer.decode(out).removesuffix("<|endoftext|>")
+
+    model_flag = ["--model", str(final)]
+    assert ask(monkeypatch, capsys, "--ask", "numbers 27 15 target 12", *model_flag) == (
+        generated([27, 15], 12) + "\n", "", 0)
+    example = {"nums": [9, 4], "target": 13}
+    answer = generated([9, 4], 13)
+    parts = [g.rewards.countdown_equation(answer, example), g.rewards.countdown_format(answer, example)]
+    told = (f"{answer}\nreward {parts[0] + 0.1 * parts[1]:g} (countdown_equation {parts[0]:g}, "
+            f"countdown_format {parts[1]:g})\n")
+    assert ask(monkeypatch, capsys, "--ask", json.dumps(example), *model_flag) == (told, "", 0)
+    out, err, code = ask(monkeypatch, capsys, *model_flag, "--ask", typed=(
+        f'numbers 27 15 target 12\n\n{{"nums": [1, 2]}}\n{json.dumps(example)}\n'))
+    assert out == generated([27, 15], 12) + "\n" + told and code == 0
+    assert err.count("warning") == 1 and "the object has no 'target'" in err
+    out, err, code = ask(monkeypatch, capsys, "--ask", '{"nums": [1, 2]}', *model_flag)
+    assert (out, code) == ("", 2) and "the object has no 'target'" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing is written
+
+
+def test_ask_uses_the_text_as_it_stands_for_a_task_from_a_file_and_runs_no_code(
+    tmp_path, own_task, monkeypatch, capsys
+):
+    g.train(quick(tmp_path, steps=0, **own_task))
+    arguments = ["--ask", '{"prompt": "Write 2 a\'s:", "n": 2}', "--model", str(tmp_path / "run" / "final")]
+    config = g.parse_command_line(arguments)
+    assert (config.task, config.max_new_tokens, config.reward) == (own_task["task"], 10, [])
+    assert data.asked_example("Write 2 a's:", config.task) == {"prompt": "Write 2 a's:"}
+    out, _, code = ask(monkeypatch, capsys, *arguments, "--reward", *own_task["reward"])
+    assert code == 0 and "(my_rewards.many " in out
+
+
+@pytest.mark.parametrize("name", data.PROMPTS)
+def test_a_question_takes_the_users_turn_of_every_prompt_format(name):
+    prompt = data.asked_example("what is it?", name)["prompt"]
+    usual = data.PROMPTS[name]({"nums": [1, 2], "target": 3, "question": "what is it?"})
+    if isinstance(prompt, str):
+        assert prompt == usual
+    else:
+        assert [m["role"] for m in prompt] == [m["role"] for m in usual]
+        for mine, other in zip(prompt, usual):
+            assert mine["content"] == ("what is it?" if mine["role"] == "user" else other["content"])
