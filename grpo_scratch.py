@@ -1294,7 +1294,7 @@ class Run:
     limits: memory.Limits
     optimizer: memory.AdamW8bit
     generator: torch.Generator  # the sampler draws from it
-    inputs: dict[str, str]  # hashes of what a resumed run should find as it was
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes of what a resumed run should find as it was
     before: dict | None = None  # the evaluation before the first step
     step: int = 0
     bad_steps: int = 0  # in a row
