@@ -713,8 +713,8 @@ def fingerprints(examples: list[dict], heldout: list[dict], reward: list[str]) -
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
-    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if there is none,
-    but None for `latest` of a named run: it starts, and whoever restarts it needs no other command."""
+    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if there is
+    none, but None for `latest` of a named run: it starts, and whoever restarts it needs no other command."""
     place = Path(resume)
     if resume == "latest":
         found = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
@@ -867,8 +867,8 @@ class Dashboard:
 
 
 def say(message: str = "", file=None, from_all: bool = False) -> None:
-    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run. Of several
-    ranks the first one talks, or all."""
+    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run. Of
+    several ranks the first one talks, or all."""
     if not (first_rank() or from_all):
         return
     file = file or sys.stdout

@@ -6,8 +6,8 @@
 
 After the settings comes `grpo_step`, which is the algorithm; then its parts in the order in which it calls
 them: sampling, advantages, the update, the loss; then evaluation, the run and the command line. Left out on
-purpose: several GPUs, adapters (every weight is trained), and any sampling but by temperature, because top-p
-or top-k would draw from another distribution than the one the loss differentiates.
+purpose: adapters (every weight is trained), and any sampling but by temperature, because top-p or top-k would
+draw from another distribution than the one the loss differentiates.
 """
 
 import copy
@@ -69,8 +69,8 @@ class Config:
     recipe: str = flag("auto", "row of settings to start from; auto: improved with CUDA, tiny without",
                        group="the run")
     list_recipes: bool = flag(False, "print the recipes as a table and stop")
-    plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it does not "
-                           "fit; loads no weights; --device cuda --memory-budget-gib 12 plans for such a card")
+    plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
+                           "fit; loads no weights; --device cuda --memory-budget-gib 12 is for such a card")
     ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the run's "
                            "prompt, or to a JSON object, an example, with its rewards; without a text: to each "
                            "line of the input", nargs="?", const="")
@@ -107,7 +107,7 @@ class Config:
     cold_start_batch: int = flag(64, "demonstrations in a step of the cold start", at_least=1)
 
     prompts_per_step: int = flag(32, "different prompts in a step", at_least=1, group="sampling")
-    group_size: int = flag(8, "answers sampled for each prompt; they are compared with one another", at_least=2)
+    group_size: int = flag(8, "answers sampled for each prompt, to be compared with one another", at_least=2)
     refill_rounds: int = flag(0, "times that a step may replace groups of equal rewards by fresh ones (DAPO)",
                               at_least=0)
     max_new_tokens: int = flag(1024, "length limit of an answer, in tokens", at_least=1)
@@ -126,7 +126,8 @@ class Config:
     skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens")
     overlong_buffer: int = flag(0, "an answer's last so many tokens before --max-new-tokens lower its "
                                 "reward, by up to 1 at the limit (DAPO); 0: no such penalty", at_least=0)
-    updates_per_batch: int = flag(1, "optimizer steps on each batch; 1 needs no ratio and no clip", at_least=1)
+    updates_per_batch: int = flag(1, "optimizer steps on each batch; 1 needs no ratio and no clip",
+                                  at_least=1)
     ratio: Literal["token", "answer"] = flag("token", "of each token, or one for all of an answer's (GSPO)")
     surrogate: Literal["clip", "cispo"] = flag(
         "clip", "what a ratio out of bounds does: its token has no gradient, or the bound's weight (CISPO)"
@@ -139,11 +140,11 @@ class Config:
     reference_every: int = flag(0, "steps between copies of the policy into the reference; 0: never",
                                 at_least=0)
     reference_url: str | None = flag(
-        None, "server of the reference's log-probabilities, such as http://host:8000 with vLLM; its token, if "
-        "it wants one, in the environment's GRPO_REFERENCE_TOKEN", may_change=True
+        None, "server of the reference's log-probabilities, such as http://host:8000 with vLLM; its token, "
+        "if it wants one, in the environment's GRPO_REFERENCE_TOKEN", may_change=True
     )
-    importance_cap: float = flag(2.0, "with --sampler vllm: a token's weight is the update's probability by the "
-                                 "sampler's, up to this; 0: no such weights", at_least=0)
+    importance_cap: float = flag(2.0, "with --sampler vllm: a token's weight is the update's probability by "
+                                 "the sampler's, up to this; 0: no such weights", at_least=0)
     aggregation: Literal["token", "sequence", "constant"] = flag(
         "token", "average over all tokens (DAPO), within answers (GRPO), by max-new-tokens (Dr. GRPO)"
     )
@@ -320,8 +321,10 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     episodes, kept, drawn, lacking = [], [], run.drawn, config.prompts_per_step
     for _ in range(1 + config.refill_rounds):
         kept = [e for e in kept if e.group in groups_with_spread(kept)]
-        fresh = rollout(run, run.next_examples(drawn, lacking), group_size=config.group_size,
-                        temperature=config.temperature, generator=run.generator, first_group=drawn - run.drawn)
+        fresh = rollout(
+            run, run.next_examples(drawn, lacking), group_size=config.group_size,
+            temperature=config.temperature, generator=run.generator, first_group=drawn - run.drawn,
+        )
         episodes, drawn = episodes + fresh, drawn + lacking
         kept += [e for e in fresh if e.completion.finished or not config.skip_truncated]
         lacking = config.prompts_per_step - len(groups_with_spread(kept))
@@ -435,13 +438,15 @@ def scorer(
     weights: dict[str, float], limits: memory.Limits, reward_model: data.RewardModel | None = None,
     reward_model_weight: float = 1.0,
 ) -> Callable[[list[dict], list[str]], list[tuple[float, dict[str, float]]]]:
-    """A function (examples, texts) -> [(reward, its parts by name)], by `rewards.score` and a reward model."""
+    """A function (examples, texts) -> [(reward, parts by name)], by `rewards.score` and a reward model."""
     def score(examples: list[dict], texts: list[str]) -> list[tuple[float, dict[str, float]]]:
         scores = [rewards.score(text, example, weights) for example, text in zip(examples, texts)]
         if reward_model is None:
             return scores
         answers = [(example["prompt"], text) for example, text in zip(examples, texts)]
-        judged = until_it_fits(lambda: reward_model.scores(answers, limits.reward_rows), limits, "reward model")
+        judged = until_it_fits(
+            lambda: reward_model.scores(answers, limits.reward_rows), limits, "reward model"
+        )
         if not all(map(math.isfinite, judged)):
             raise rewards.RewardError("--reward-model: it gave a score that is not a finite number; try "
                                       "--dtype float32, or another model")
@@ -848,7 +853,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         numpy.random.set_state(kept[1])
 
 
-# ---- Advantages, and which tokens count how much ------------------------------------------------------------
+# ---- Advantages, and which tokens count how much -----------------------------------------------------------
 
 
 def group_advantages(
@@ -972,8 +977,8 @@ def update(
     """`updates_per_batch` optimizer steps on one batch; returns metrics: means over the updates, and with
     several of them `updates`, one record each.
 
-    reference: sequences -> log-probabilities[m] of each. A loss or gradient that is not finite changes nothing.
-    Of several ranks, each computes its share of the sequences.
+    reference: sequences -> log-probabilities[m] of each. A loss or gradient that is not finite changes
+    nothing. Of several ranks, each computes its share of the sequences.
     """
     tokens = sum(len(s.counted) for s in sequences)
     sequences = memory.share(sequences, [len(s) for s in sequences])
@@ -984,7 +989,8 @@ def update(
     for number in range(config.updates_per_batch):
         sums = until_it_fits(
             partial(compute_gradients, policy, limits, sequences, tokens,
-                    config.loss_temperature or config.temperature, become_old=number == 0 and config.updates_per_batch > 1, ratio=config.ratio,
+                    config.loss_temperature or config.temperature,
+                    become_old=number == 0 and config.updates_per_batch > 1, ratio=config.ratio,
                     surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
                     beta=config.beta),
             limits, "update", longest=max(map(len, sequences), default=0),
@@ -1010,9 +1016,9 @@ def compute_gradients(
     policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], tokens: int, temperature: float,
     *, become_old: bool = False, ratio: str = "token", **loss_options,
 ) -> dict[str, float]:
-    """The gradients of these sequences' loss, micro-batch after micro-batch; its sum, and its statistics' part
-    in their means over the batch's `tokens` that count. With `become_old`, these log-probabilities are the
-    `old_logprobs` of the updates to come."""
+    """The gradients of these sequences' loss, micro-batch after micro-batch; its sum, and its statistics'
+    part in their means over the batch's `tokens` that count. With `become_old`, these log-probabilities are
+    the `old_logprobs` of the updates to come."""
     policy.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
     sums: dict[str, Tensor] = {}
     for batch in in_micro_batches(sequences, limits):
@@ -1079,8 +1085,8 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
     gap = (logprobs - sampled).abs().mean().item()
     if gap > MOST_APART:
         raise InputError(
-            f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the sampler's; "
-            "usually it has other weights or another temperature than the policy (another version of vLLM?); "
+            f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the "
+            "sampler's; usually it has other weights or another temperature than the policy (another version of vLLM?); "
             "use --sampler own"
         )
     ratio, lengths = (logprobs - sampled).exp(), [len(s.completion) for s in sequences]
@@ -1290,7 +1296,8 @@ class Run:
     heldout: list[dict]
     sampler: Callable  # prompts' token ids -> Completions; see `rollout`
     score: Callable  # examples, texts -> rewards and their parts; see `scorer`
-    reference: memory.ReferencePolicy | memory.ReferenceServer | None  # sequences -> log-probabilities of their tokens that count
+    # sequences -> log-probabilities of their tokens that count
+    reference: memory.ReferencePolicy | memory.ReferenceServer | None
     limits: memory.Limits
     optimizer: memory.AdamW8bit
     generator: torch.Generator  # the sampler draws from it
@@ -1441,8 +1448,10 @@ def open_run(config: Config) -> Run | None:
     return run
 
 
-def make_plan(config: Config, model_config, device: str, dtype, prompt_tokens: int, state) -> memory.MemoryPlan:
-    """The memory plan; a resumed run keeps its limits where they fit, as others would draw and round otherwise."""
+def make_plan(
+    config: Config, model_config, device: str, dtype, prompt_tokens: int, state: dict | None
+) -> memory.MemoryPlan:
+    """The memory plan; a resumed run keeps its limits where they fit, as others would round otherwise."""
     given, ranks = config.memory_budget_gib, memory.my_rank()[1]
     budget = int(given * 2**30) if given else memory.detect_budget_bytes(device)
     planned = partial(
@@ -1486,8 +1495,8 @@ def new_optimizer(policy: Policy, config: Config, lr: float, weight_decay: float
 def stop_requests(run: Run) -> Iterator[list[int]]:
     """Within it the first Ctrl-C or SIGTERM is noted in the list given, the second one stops at once.
 
-    The steps so far are saved, on all ranks, before an error in a reward, of memory, a sampler or a server ends
-    the run.
+    The steps so far are saved, on all ranks, before an error in a reward, of memory, a sampler or a server
+    ends the run.
     """
     signals: list[int] = []
 
@@ -1534,7 +1543,7 @@ def start(run: Run) -> None:
 
 
 def check_reference(run: Run) -> None:
-    """Raises memory.NoReference unless the server's model is the policy, by what both make of some prompts."""
+    """Raises memory.NoReference unless the server's model is the policy, by what both make of prompts."""
     prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
     sequences = [TrainSequence(p[:1], p[1:], torch.arange(len(p) - 1), torch.ones(0), torch.ones(0))
                  for p in prompts]
@@ -1571,8 +1580,9 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
 def train(config: Config) -> dict:
     """One run, start to end; returns its summary, which is also written to summary.json.
 
-    Raises InputError, rewards.RewardError, memory.DoesNotFit or NoReference, each with a message for the user.
-    A summary with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a checkpoint.
+    Raises InputError, rewards.RewardError, memory.DoesNotFit or NoReference, each with a message for the
+    user. A summary with `stopped_by` (a signal's number, or "bad steps") is that of a run ended early, with a
+    checkpoint.
     """
     started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()  # the bars are ours

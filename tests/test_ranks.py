@@ -418,9 +418,11 @@ def test_the_first_step_of_two_and_three_ranks_is_that_of_one(folder, algorithm)
     one = folder / f"{algorithm}-1"
     for ranks in (2, 3):
         several = folder / f"{algorithm}-{ranks}"
-        assert (several / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+        samples = [[line for line in (run / "samples.jsonl").read_text().splitlines() if '"step": 1,' in line]
+                   for run in (one, several)]
+        assert samples[0] == samples[1] and len(samples[0]) == 8
         assert alike(metrics_of(folder, one.name)[0], metrics_of(folder, several.name)[0])
-        before, after = weights_in(one / "final"), weights_in(several / "final")
+        before, after = weights_in(one / "checkpoint-1"), weights_in(several / "checkpoint-1")
         apart = torch.cat([(before[k] - after[k]).abs().flatten() for k in before])
         # Adam's first step makes a whole step of gradients near zero, whatever their sign.
         assert apart.max() <= 2.1 * SMALL["learning_rate"] * (3 if algorithm == "lm-book" else 1)

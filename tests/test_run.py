@@ -589,7 +589,8 @@ def test_memory_that_runs_out_between_two_steps_is_never_saved(tmp_path, own_tas
     real_step = g.memory.AdamW8bit.step
     monkeypatch.setattr(g, "compute_gradients", gradients)
     monkeypatch.setattr(g.memory.AdamW8bit, "step", step)
-    config = quick(tmp_path, steps=9, updates_per_batch=2, learning_rate=1e-3, **own_task)
+    settings = {"updates_per_batch": 2, "learning_rate": 1e-3, "lr_schedule": "constant", **own_task}
+    config = quick(tmp_path, steps=9, **settings)
     with pytest.raises(g.memory.DoesNotFit, match="out of memory in the (update|optimizer)") as raised:
         g.train(config)
     saved = [path.name for path in data.checkpoints(tmp_path / "run")]
@@ -598,7 +599,7 @@ def test_memory_that_runs_out_between_two_steps_is_never_saved(tmp_path, own_tas
         monkeypatch.undo()
         g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--steps", "4", "--reward",
                                       *own_task["reward"]]))
-        g.train(quick(tmp_path, "whole", steps=4, updates_per_batch=2, learning_rate=1e-3, **own_task))
+        g.train(quick(tmp_path, "whole", steps=4, **settings))
         samples = [[x for x in lines(tmp_path / name / "samples.jsonl") if x["step"] <= 3]
                    for name in ("run", "whole")]  # step 4 follows an update in smaller micro-batches
         assert samples[0] == samples[1]
