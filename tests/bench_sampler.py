@@ -8,7 +8,7 @@ tiny and qwen: both sides get the same prompts, group size, length limit and ids
 temperature 1, in turns; the models' weights are random, so a share of the vocabulary is declared to end an
 answer to make lengths mixed. waves: `sample` with max_rows against calling it for max_rows answers at a time.
 Times are medians, gains medians of the pairs' ratios. `generate` records no log-probabilities or entropies,
-`sample` does. With CUDA there is one more column: the tokens/s that memory bandwidth allows.
+`sample` does. With CUDA there is one more column: the tokens/s that memory bandwidth and arithmetic allow.
 """
 
 import argparse
@@ -69,9 +69,11 @@ def some_prompts(model, count: int, lengths: tuple[int, int]) -> list[list[int]]
 
 
 def some_stops(model, share: float) -> list[int]:
-    """This share of the vocabulary, so that about so many tokens end an answer."""
+    """This share of the vocabulary, so that about so many tokens end an answer; on CUDA a handful, because
+    `isin` makes the host wait for a long list."""
     vocabulary = model.config.vocab_size
-    return sorted(random.Random(1).sample(range(1, vocabulary), round(share * vocabulary)))
+    count = 8 if DEVICE == "cuda" else round(share * vocabulary)
+    return sorted(random.Random(1).sample(range(1, vocabulary), count))
 
 
 def with_sample(model, prompts, group_size, limit, stops) -> list[int]:
@@ -132,15 +134,29 @@ def copy_bandwidth() -> float:
     return 10 * 2 * 2**30 / (time.perf_counter() - started)
 
 
-def bound(model, prompts, lengths: list[int], bandwidth: float) -> float:
-    """Tokens/s if a step took just the reading of all weights and of each live row's keys and values."""
+def products_per_second() -> float:
+    """Multiplications and additions a second in a large bfloat16 matrix product."""
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    a @ a
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - started)
+
+
+def bound(model, prompts, lengths: list[int], bandwidth: float, products: float) -> float:
+    """Tokens/s if a step took just the reading of all weights and of each live row's keys and values, or the
+    arithmetic with them, whichever takes longer."""
     config, size = model.config, model.dtype.itemsize
     head = config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
     weights = max(lengths) * sum(p.numel() for p in model.parameters()) * size
     group = len(lengths) // len(prompts)
     cached = sum(n * len(prompts[i // group]) + n * (n + 1) // 2 for i, n in enumerate(lengths))
-    return sum(lengths) / ((weights + per_token * cached) / bandwidth)
+    arithmetic = 2 * sum(p.numel() for p in model.parameters()) * sum(lengths)
+    return sum(lengths) / max((weights + per_token * cached) / bandwidth, arithmetic / products)
 
 
 def compare(name: str, pairs: int, base, ours, model, prompts, *settings) -> None:
@@ -157,7 +173,8 @@ def compare(name: str, pairs: int, base, ours, model, prompts, *settings) -> Non
         by = function.__name__.removeprefix("with_").replace("_", " ")
         row = f"{name:<6} {by:<9} {seconds:>8.3f} {speed:>9.0f} {shown:>17} {statistics.mean(lengths):>7.1f}"
         if DEVICE == "cuda":
-            tenths += f" {bound(model, prompts, runs[0][side][1], copy_bandwidth()):>9.0f}"
+            most = bound(model, prompts, runs[0][side][1], copy_bandwidth(), products_per_second())
+            tenths += f" {most:>9.0f}"
         print(f"{row} {tenths:>15}", flush=True)
 
 
