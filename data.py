@@ -107,8 +107,8 @@ def asked_example(text: str, prompt_format: str) -> dict:
         try:
             return example if "prompt" in example else {**example, "prompt": PROMPTS[prompt_format](example)}
         except KeyError as error:
-            raise InputError(f"--ask {text}: the object has no {error}; an example holds what its prompt and its "
-                             "rewards read, or a `prompt`") from error
+            raise InputError(f"--ask {text}: the object has no {error}; an example holds what its prompt and "
+                             "its rewards read, or a `prompt`") from error
     if prompt_format not in PROMPTS:
         return {"prompt": text}
     prompt = PROMPTS[prompt_format]({"nums": [], "target": "", "question": text})
@@ -677,8 +677,8 @@ def best_evaluation(folder: Path) -> dict:
 
 
 def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
-    """`best/`, when this evaluation's accuracy is above that of the model there; returns the better evaluation,
-    of two alike the earlier. A failure only warns."""
+    """`best/`, when this evaluation's accuracy is above that of the model there; returns the better
+    evaluation, of two alike the earlier. A failure only warns."""
     best = best_evaluation(folder)
     if evaluation["accuracy"] <= best["accuracy"]:
         return best

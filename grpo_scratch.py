@@ -71,9 +71,9 @@ class Config:
     list_recipes: bool = flag(False, "print the recipes as a table and stop")
     plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
                            "fit; loads no weights; --device cuda --memory-budget-gib 12 is for such a card")
-    ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the run's "
-                           "prompt, or to a JSON object, an example, with its rewards; without a text: to each "
-                           "line of the input", nargs="?", const="")
+    ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the "
+                           "run's prompt, or to a JSON object, an example, with its rewards; without a text: to "
+                           "each line of the input", nargs="?", const="")
     steps: int = flag(500, "optimization steps; each samples prompts-per-step x group-size answers",
                       at_least=0, may_change=True)
     seed: int = flag(0, "of embedded weights, data and sampling; a CPU run repeats bit for bit")
@@ -1086,8 +1086,8 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
     if gap > MOST_APART:
         raise InputError(
             f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the "
-            "sampler's; usually it has other weights or another temperature than the policy (another version of vLLM?); "
-            "use --sampler own"
+            "sampler's; usually it has other weights or another temperature than the policy (another version of "
+            "vLLM?); use --sampler own"
         )
     ratio, lengths = (logprobs - sampled).exp(), [len(s.completion) for s in sequences]
     importance = ratio.clamp(max=config.importance_cap)
@@ -1357,16 +1357,16 @@ def open_run(config: Config) -> Run | None:
     check_config(config)
     if config.report_to != "none":
         data.import_service(config.report_to)  # refused now, where it is missing
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device, dtype = device_and_dtype(config)
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
         raise InputError("the ranks were given different settings; start all with the same command line")
     ranks = memory.my_rank()[1]
     if ranks > config.prompts_per_step:
         raise InputError(f"--prompts-per-step {config.prompts_per_step}: {ranks} ranks need at least as many")
-    automatic = "bfloat16" if device == "cuda" else "float32"
-    dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
-    checkpoint = data.find_checkpoint(config.resume, config.output_dir, config.name) if config.resume else None
+    checkpoint = None
+    if config.resume:
+        checkpoint = data.find_checkpoint(config.resume, config.output_dir, config.name)
     folder = Path(config.output_dir) / (config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = checkpoint.parent if checkpoint else Path(memory.gather(lambda: [str(folder)])[0])
     if not (config.eval_only or config.plan_only):
@@ -1401,7 +1401,7 @@ def open_run(config: Config) -> Run | None:
     if config.plan_only:
         return None
     if not config.eval_only:
-        # Of all ranks: Adam's moments, a byte each with their scales; bf16 masters' lower halves; the reference.
+        # Of all ranks: Adam's moments, a byte each and their scales; bf16 masters' lower halves; the reference.
         byte = dtype.itemsize
         state_bytes = plan.parameters * (2 + 8 / 256 + 2 * (byte == 2) + byte * (config.beta > 0))
         kept = config.keep_checkpoints or config.steps // (config.save_every or config.steps or 1)
@@ -1442,10 +1442,16 @@ def open_run(config: Config) -> Run | None:
             raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
                              "the device, dtype and model that it was made with") from error
         if changed := [what for what, x in run.inputs.items() if state.get("inputs", {}).get(what, x) != x]:
-            warn(f"not as they were when {checkpoint} was made: {', '.join(changed)}; the run goes on with what "
-                 "is there now, and what it reports before and after is not the same thing")
+            warn(f"not as they were when {checkpoint} was made: {', '.join(changed)}; the run goes on with "
+                 "what is there now, and what it reports before and after is not the same thing")
         say(f"resumed after step {run.step} from {checkpoint}")
     return run
+
+
+def device_and_dtype(config: Config) -> tuple[str, torch.dtype]:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    automatic = "bfloat16" if device == "cuda" else "float32"
+    return device, getattr(torch, automatic if config.dtype == "auto" else config.dtype)
 
 
 def make_plan(
@@ -1644,9 +1650,8 @@ def train(config: Config) -> dict:
 
 
 def ask(config: Config) -> None:
-    """Print the greedy answer to `config.ask`, or to each line of the input; to an example with its rewards."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    dtype = getattr(torch, ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype)
+    """Print the greedy answer to `config.ask`, or to each line of the input; an example's with its rewards."""
+    device, dtype = device_and_dtype(config)
     weights, trusted = rewards.parse_rewards(config.reward), config.trust_remote_code
     model_config, tokenizer = data.load_config(config.model, trust_remote_code=trusted)
     policy = open_policy(config.model, tokenizer, dtype=dtype, device=device, seed=config.seed,
@@ -1679,7 +1684,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
 
     flags = dataclasses.make_dataclass("Flags", [  # the parser would hand all metadata on to argparse
         (f.name, f.type, field(default=f.default, default_factory=f.default_factory,
-                               metadata={k: f.metadata[k] for k in ("help", "nargs", "const") if k in f.metadata}))
+                               metadata={k: x for k, x in f.metadata.items() if k in ("help", "nargs", "const")}))
         for f in dataclasses.fields(Config)
     ])
     parser = transformers.HfArgumentParser(
