@@ -318,16 +318,17 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
 
     # Sample a group of answers to each prompt, and score them. In a refill (DAPO's dynamic sampling), groups
     # of fresh prompts take the places of those without spread, which nothing could be learned from.
-    episodes, kept, drawn, lacking = [], [], run.drawn, config.prompts_per_step
+    episodes, kept, spread, drawn, lacking = [], [], set(), run.drawn, config.prompts_per_step
     for _ in range(1 + config.refill_rounds):
-        kept = [e for e in kept if e.group in groups_with_spread(kept)]
+        kept = [e for e in kept if e.group in spread]
         fresh = rollout(
             run, run.next_examples(drawn, lacking), group_size=config.group_size,
             temperature=config.temperature, generator=run.generator, first_group=drawn - run.drawn,
         )
         episodes, drawn = episodes + fresh, drawn + lacking
         kept += [e for e in fresh if e.completion.finished or not config.skip_truncated]
-        lacking = config.prompts_per_step - len(groups_with_spread(kept))
+        spread = groups_with_spread(kept)
+        lacking = config.prompts_per_step - len(spread)
         if not lacking:
             break
     sampled = time.monotonic()
@@ -364,7 +365,7 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     run.step, run.drawn, run.random_state = step, drawn, run.generator.get_state()
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
     return step_metrics(step, episodes, learned | compared, skipped, rate) | {
-        "groups_kept": len(groups_with_spread(kept)),
+        "groups_kept": len(spread),
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
         "seconds": time.monotonic() - started,
