@@ -46,6 +46,22 @@ def run(folder: Path, name: str, **settings) -> dict:
         return g.train(config)
 
 
+def draw(curves: dict[str, tuple], path: Path, what: str = "held-out accuracy, greedy") -> None:
+    """A picture of a line for each name: (steps, values)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        axis.plot(steps, values, label=name, linewidth=2, color=f"C{i % 10}", linestyle="-" if i < 10 else "--")
+    axis.set(xlabel="step", ylabel=what, ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
@@ -77,18 +93,7 @@ def main() -> None:
             curves[name] = [step for step, _ in runs[0]], [
                 statistics.median(accuracy for _, accuracy in column) for column in zip(*runs)]
     if asked.picture:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
-        for i, (name, (steps, values)) in enumerate(curves.items()):
-            axis.plot(steps, values, label=name, linewidth=2, color=f"C{i}")
-        axis.set(xlabel="step", ylabel="held-out accuracy, median of seeds", ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        axis.legend()
-        figure.savefig(asked.picture, dpi=110)
+        draw(curves, asked.picture, "held-out accuracy, median of seeds")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""GRPO on a real pretrained model: a blind cold start, then each algorithm at each rate, on two-number Countdown.
+
+    .venv/bin/python tests/bench_real.py --model FOLDER --rates 3e-6 --picture assets/real.png
+
+An hour or more a run on two cores. The runs stay in --output-dir: one that was stopped goes on, one that is
+done is only read. Held out are pairs of numbers, so that what is learned is which operator hits a target.
+`--masters off` rounds every weight to bfloat16 after each step, as training without float32 masters does.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import grpo_scratch as g
+import memory
+from bench_recipes import algorithms, draw
+
+
+def round_weights() -> None:
+    """From here on a step leaves no more of a weight than bfloat16 holds."""
+    exact_step = memory.AdamW8bit.step
+
+    def step(self, closure=None):
+        loss = exact_step(self, closure)
+        for p in self._params():
+            p.data.copy_(p.data.bfloat16())
+        return loss
+
+    memory.AdamW8bit.step = step
+
+
+def run(folder: Path, **settings) -> tuple[dict, list[dict]]:
+    """One run, or what is left of it to do, in `folder`: its summary and its metrics."""
+    if not (folder / "summary.json").exists():
+        g.train(g.make_config("tiny", output_dir=str(folder.parent), name=folder.name, **settings,
+                              resume="latest" if folder.exists() else None))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained causal LM")
+    parser.add_argument("--recipes", nargs="+", default=["tiny"])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=8, help="in a step; 8 answers to each")
+    parser.add_argument("--masters", choices=("on", "off"), default="on")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/real"))
+    parser.add_argument("--picture", type=Path)
+    asked = parser.parse_args()
+    if asked.masters == "off":
+        round_weights()
+    common = {"device": "cpu", "dtype": asked.dtype, "max_new_tokens": 40, "lr_schedule": "constant",
+              "eval_examples": 120, "keep_checkpoints": 1, "save_every": 20}
+    curves, rows = {}, []
+    for seed in asked.seeds:
+        start = asked.output_dir / f"start-{seed}"
+        run(start, **common, seed=seed, model=str(asked.model), steps=0, cold_start_steps=12,
+            cold_start_lr=2e-5, cold_start_batch=16)
+        for recipe in asked.recipes:
+            for rate in asked.rates:
+                name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
+                summary, metrics = run(
+                    asked.output_dir / f"{name}-{seed}", **common, **algorithms()[recipe], seed=seed,
+                    model=str(start / "final"), steps=asked.steps, cold_start_steps=0, eval_every=10,
+                    learning_rate=rate, prompts_per_step=asked.prompts, micro_batch_tokens=1024)
+                points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
+                rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
+                curves[f"{name}, seed {seed}"] = tuple(zip(*points))
+    print(f"{'algorithm, rate':<22}{'seed':>5}{'before':>8}{'after':>8}{'best':>8}{'to 0.9':>8}{'entropy':>15}"
+          f"{'sample s':>10}{'update s':>10}{'peak GB':>9}")
+    for name, seed, points, metrics, peak in rows:
+        sampling = [8 * asked.prompts * m["completion_length"] / m["sampling_tokens_per_second"]
+                    for m in metrics]
+        reached = next((str(step) for step, accuracy in points if accuracy >= 0.9), "-")
+        print(f"{name:<22}{seed:>5}{points[0][1]:>8.3f}{points[-1][1]:>8.3f}{max(a for _, a in points):>8.3f}"
+              f"{reached:>8}{metrics[0]['entropy']:>7.3f} ->{metrics[-1]['entropy']:>5.3f}"
+              f"{statistics.median(sampling):>10.1f}"
+              f"{statistics.median(m['seconds'] - s for m, s in zip(metrics, sampling)):>10.1f}{peak / 1e9:>9.1f}")
+    if asked.picture:
+        draw(curves, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
