@@ -68,7 +68,7 @@ class Config:
 
     recipe: str = flag("auto", "row of settings to start from; auto: improved with CUDA, tiny without",
                        group="the run")
-    list_recipes: bool = flag(False, "print the recipes as a table and stop")
+    list_recipes: bool = flag(False, "print the recipes, each as the flags it stands for, and stop")
     plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
                            "fit; loads no weights; --device cuda --memory-budget-gib 12 is for such a card")
     ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the "
@@ -84,7 +84,8 @@ class Config:
 
     model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub id, folder, or embedded (tiny, made in memory)",
                       group="policy, data and reward")
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16 on CUDA, else float32")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16 on CUDA and, for models of more than 50 M parameters, on "
+                                                         "CPUs that compute in it; else float32")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model", may_change=True)
     task: str = flag("countdown", "countdown, gsm8k, mini-countdown, or a jsonl, json, csv or parquet file "
                      "with a `prompt` column (text used as it stands, or a list of chat messages)")
@@ -538,7 +539,7 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
 
 
 # Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, many on a GPU.
-LOGITS_AT_ONCE = {"cpu": 2**20}
+LOGITS_AT_ONCE = {"cpu": 2**19}
 
 
 def choose_tokens(
@@ -552,31 +553,31 @@ def choose_tokens(
     Temperature 0 takes the best token and leaves `uniform` alone; its numbers are those at temperature 1.
     A row with NaN or +inf gets any token, with a log-probability of NaN, which tells on the step.
     """
-    (rows, vocab), heat = logits.shape, temperature or 1.0
-    size = vocab if vocab <= 1024 else 128
-    blocks = math.ceil(vocab / size)
-    at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
-    new = partial(logits.new_empty, dtype=torch.float32)
-    z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
-    p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
-    lowest = logits.new_full((1,), -1e30, dtype=torch.float32)
-    for i in range(0, rows, at_once):
-        part = slice(i, min(i + at_once, rows))
-        z, p = z[: part.stop - i], p[: part.stop - i]
-        # Finite, so that a probability of zero times its logit is zero, and no NaN, in the entropy.
-        torch.maximum(logits[part], lowest, out=z)
-        torch.amax(z, -1, keepdim=True, out=top[part])
-        z.sub_(top[part])
-        if heat != 1:
-            z.div_(heat)
-        torch.exp(z, out=p[:, :vocab])
-        torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
-        torch.sum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
-
+    (rows, vocab), heat, size = logits.shape, temperature or 1.0, 128
     share = uniform[:, None] if temperature else None
     tokens = None if temperature else logits.argmax(-1, keepdim=True)
     first, others = 0, 0.0  # of the chosen block: its first token, and the sum over all other blocks
-    if blocks > 1:
+    if vocab <= 1024:
+        top, size = logits.amax(-1, keepdim=True).float(), vocab
+        z = (logits.float() - top).div_(heat)
+        moment = (z.exp() * z).nansum(-1, keepdim=True)
+    else:
+        blocks = math.ceil(vocab / size)
+        at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
+        new = partial(logits.new_empty, dtype=torch.float32)
+        z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
+        p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
+        for i in range(0, rows, at_once):
+            part = slice(i, min(i + at_once, rows))
+            z, p = z[: part.stop - i], p[: part.stop - i]
+            top[part] = logits[part].amax(-1, keepdim=True)
+            torch.sub(logits[part], top[part], out=z)
+            if heat != 1:
+                z.div_(heat)
+            torch.exp(z, out=p[:, :vocab])
+            torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
+            # nansum: a probability of zero times its logit of -inf is zero in the entropy.
+            torch.nansum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
         running = sums.cumsum(-1, dtype=torch.float64)
         if temperature:
             target = share * running[:, -1:]
@@ -589,7 +590,8 @@ def choose_tokens(
         first, others = block * size, running[:, -1:] - sums.gather(1, block)
         places = first + torch.arange(size, device=logits.device)
         logits = logits.gather(1, places.clamp(max=vocab - 1)).masked_fill_(places >= vocab, -math.inf)
-    z = (logits.float() - top).div_(heat)
+        z = (logits.float() - top).div_(heat)
+
     running = z.exp().cumsum(-1, dtype=torch.float64)
     if temperature:
         within = torch.searchsorted(running, share * running[:, -1:], right=True).clamp_(max=size - 1)
@@ -1241,6 +1243,7 @@ def evaluate(run: "Run") -> dict:
     """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
     first three greedy answers to show. Draws from random numbers of its own: training never notices."""
     config = run.config
+    say(f"evaluating {len(run.heldout)} held-out examples")
     # Limits of its own: when its memory runs out, training goes on with as many rows as before.
     roll = partial(rollout, run, run.heldout, limits=dataclasses.replace(run.limits))
     greedy = roll(group_size=1, temperature=0.0)
@@ -1261,7 +1264,8 @@ def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: i
     It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
     """
     encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
-    for step in tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal()):
+    bar = tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal())
+    for step in bar:
         batch = [rng.choice(examples) for _ in range(batch_size)]
         answers = [encode(data.demonstration(e, rng)) + [policy.tokenizer.eos_token_id] for e in batch]
         weight = 1 / sum(map(len, answers))
@@ -1274,7 +1278,10 @@ def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: i
         mine = memory.share(sequences, [len(s) for s in sequences])
         sums = until_it_fits(partial(compute_gradients, policy, limits, mine, sum(map(len, answers)), 1.0),
                              limits, "update", longest=max(map(len, mine), default=0))
-        optimizer_step(optimizer, sums, max_grad_norm=1.0)
+        loss = f"{optimizer_step(optimizer, sums, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
+        bar.set_postfix(loss=loss)
+        if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
+            say(f"cold start {step + 1}/{steps} loss {loss}")
 
 
 def set_learning_rate(optimizer, rate: float) -> None:
@@ -1358,7 +1365,7 @@ def open_run(config: Config) -> Run | None:
     check_config(config)
     if config.report_to != "none":
         data.import_service(config.report_to)  # refused now, where it is missing
-    device, dtype = device_and_dtype(config)
+    device = find_device(config)
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
         raise InputError("the ranks were given different settings; start all with the same command line")
@@ -1373,14 +1380,6 @@ def open_run(config: Config) -> Run | None:
     if not (config.eval_only or config.plan_only):
         data.refuse_folder(folder, new=not config.resume)
     torch.manual_seed(config.seed)
-    if device == "cpu":
-        memory.keep_freed_memory()
-    else:
-        try:
-            memory.prepare_cuda(dtype, expandable=config.sampler == "own")
-        except ValueError as error:
-            raise InputError(str(error)) from error
-
     weights = rewards.parse_rewards(config.reward)
     examples, heldout = data.load_task(
         config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
@@ -1389,6 +1388,14 @@ def open_run(config: Config) -> Run | None:
     model, trusted = str(checkpoint or config.model), config.trust_remote_code
     model_config, tokenizer = data.load_config(model, trust_remote_code=trusted)
     longest = data.tokenize(tokenizer, model_config, examples + heldout, config.max_new_tokens)
+    dtype = find_dtype(config, device, model_config)
+    if device == "cpu":
+        memory.keep_freed_memory()
+    else:
+        try:
+            memory.prepare_cuda(dtype, expandable=config.sampler == "own")
+        except ValueError as error:
+            raise InputError(str(error)) from error
     state = data.load_state(checkpoint) if checkpoint else None
     plan = make_plan(config, model_config, device, dtype, longest, state)
     say(f"recipe {config.recipe} on {device}, {str(dtype).removeprefix('torch.')} "
@@ -1449,10 +1456,14 @@ def open_run(config: Config) -> Run | None:
     return run
 
 
-def device_and_dtype(config: Config) -> tuple[str, torch.dtype]:
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    automatic = "bfloat16" if device == "cuda" else "float32"
-    return device, getattr(torch, automatic if config.dtype == "auto" else config.dtype)
+def find_device(config: Config) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+
+
+def find_dtype(config: Config, device: str, model_config) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return memory.fastest_dtype(device, model_config, config.trust_remote_code)
 
 
 def make_plan(
@@ -1652,11 +1663,11 @@ def train(config: Config) -> dict:
 
 def ask(config: Config) -> None:
     """Print the greedy answer to `config.ask`, or to each line of the input; an example's with its rewards."""
-    device, dtype = device_and_dtype(config)
     weights, trusted = rewards.parse_rewards(config.reward), config.trust_remote_code
     model_config, tokenizer = data.load_config(config.model, trust_remote_code=trusted)
-    policy = open_policy(config.model, tokenizer, dtype=dtype, device=device, seed=config.seed,
-                         trust_remote_code=trusted)
+    device = find_device(config)
+    policy = open_policy(config.model, tokenizer, dtype=find_dtype(config, device, model_config),
+                         device=device, seed=config.seed, trust_remote_code=trusted)
     for text in [config.ask] if config.ask else filter(str.strip, sys.stdin):
         try:
             example = data.asked_example(text.strip(), config.prompt_format or config.task)
@@ -1683,16 +1694,22 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     def fail(message: str):
         raise InputError(f"{message}; see python grpo_scratch.py --help")
 
-    flags = dataclasses.make_dataclass("Flags", [  # the parser would hand all metadata on to argparse
-        (f.name, f.type, field(default=f.default, default_factory=f.default_factory,
-                               metadata={k: x for k, x in f.metadata.items() if k in ("help", "nargs", "const")}))
-        for f in dataclasses.fields(Config)
-    ])
+    groups, title = {}, None
+    for f in dataclasses.fields(Config):
+        # All metadata would be handed on to argparse.
+        known_there = {k: x for k, x in f.metadata.items() if k in ("help", "nargs", "const")}
+        title = f.metadata.get("group", title)
+        groups.setdefault(title, []).append((f.name, f.type, field(
+            default=f.default, default_factory=f.default_factory, metadata=known_there)))
     parser = transformers.HfArgumentParser(
-        flags, usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
+        [dataclasses.make_dataclass("Flags", of_group, namespace={"_argument_group_name": title})
+         for title, of_group in groups.items()],
+        usage="python grpo_scratch.py [--recipe NAME] [--flag VALUE ...]",
         description=__doc__.splitlines()[0], allow_abbrev=False,
     )
     parser.error = fail
+    for action in parser._actions:  # --max_rows is understood too, but not shown
+        action.option_strings = [x for x in action.option_strings if "_" not in x]
     # A first look, at the flags that decide the defaults which --help shows.
     arguments = sys.argv[1:] if arguments is None else arguments
     early = parser.parse_known_args([x for x in arguments if x not in ("-h", "--help")])[0]
@@ -1714,22 +1731,13 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     recipe = saved["recipe"] if saved else resolve_recipe(of_run.get("recipe", early.recipe))
     parser.epilog = f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}"
     parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None, **of_run}))
-    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(Config) if "group" in f.metadata}
-    group = None
-    for action in list(parser._actions):  # argparse has no public way to put an existing flag into a group
-        if action.dest in groups and (group is None or group.title != groups[action.dest]):
-            group = parser.add_argument_group(groups[action.dest])
-        if group is not None:
-            parser._optionals._group_actions.remove(action)
-            group._group_actions.append(action)
-
-    config, unknown = parser.parse_args_into_dataclasses(
+    *of_groups, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
         fail(f"{unknown[0]}: no such flag" + (f", did you mean {nearest[0]}?" if nearest else ""))
-    given = vars(config)
+    given = {name: value for of_group in of_groups for name, value in vars(of_group).items()}
     if saved:
         may_change = {f.name for f in dataclasses.fields(Config) if f.metadata.get("may_change")}
         changed = [n for n, value in given.items() if n not in may_change and value != saved[n]]
@@ -1742,16 +1750,16 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
 
 
 def recipe_table() -> str:
-    """The recipes side by side: every setting in which they differ, a line each."""
-    configs = {name: dataclasses.asdict(make_config(name)) for name in RECIPES}
-    names = [f.name for f in dataclasses.fields(Config) if f.name != "recipe"]
-    rows = [[name, *(configs[r][name] for r in RECIPES)] for name in names]
-    rows = [[" ".join(map(str, x)) if isinstance(x, list) else str(x) for x in row]
-            for row in rows if len({str(x) for x in row[1:]}) > 1]
-    widths = [max(map(len, column)) for column in zip(["", *RECIPES], *rows)]
-    return "\n".join(
-        "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)).rstrip() for row in [["", *RECIPES], *rows]
-    )
+    """The recipes, each with the flags that it stands for: what it changes of the defaults."""
+    lines = []
+    for name, own in RECIPES.items():
+        flags = []
+        for setting, x in own.items():
+            value = "" if x is True else " " + (" ".join(x) if isinstance(x, list) else str(x))
+            flags.append(f"--{setting.replace('_', '-')}{value}".replace(" ", "\0"))  # not to be broken
+        lines.append(textwrap.fill(" ".join(flags), 110, initial_indent=f"{name:<13}",
+                                   subsequent_indent=13 * " ", break_on_hyphens=False).replace("\0", " "))
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench_recipes import algorithms, draw
+
 import grpo_scratch as g
 import memory
-from bench_recipes import algorithms, draw
 
 
 def round_weights() -> None:
@@ -37,7 +38,8 @@ def run(folder: Path, **settings) -> tuple[dict, list[dict]]:
     if not (folder / "summary.json").exists():
         g.train(g.make_config("tiny", output_dir=str(folder.parent), name=folder.name, **settings,
                               resume="latest" if folder.exists() else None))
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = folder / "metrics.jsonl"  # the cold start has none
+    lines = steps.read_text().splitlines() if steps.exists() else []
     return json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
 
 

@@ -1045,6 +1045,22 @@ def test_a_card_that_cannot_compute_in_a_dtype_is_refused_with_what_to_use(
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@pytest.mark.parametrize("flags, hidden, dtype", [
+    ("fpu avx2", 512, torch.float32), ("fpu avx512_bf16", 512, torch.bfloat16),
+    ("fpu amx_bf16", 512, torch.bfloat16), ("fpu amx_bf16", 64, torch.float32), (None, 512, torch.float32),
+])
+def test_a_cpu_that_computes_in_bfloat16_gets_it_for_models_of_some_size(
+    flags, hidden, dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(memory, "CPU_FLAGS", tmp_path / "cpuinfo")
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    config = Qwen2Config(vocab_size=100_000, hidden_size=hidden, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)  # 51 or 6 M
+    assert memory.fastest_dtype("cpu", config) == dtype
+    assert memory.fastest_dtype("cuda", config) == torch.bfloat16
+
+
 # --- with a GPU ------------------------------------------------------------------------------------------
 
 

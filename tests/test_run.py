@@ -897,9 +897,12 @@ def test_a_reward_model_adds_its_score_to_each_answer(tmp_path, qwen2_folder):
 def test_the_recipes_are_listed_with_the_designs_settings(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grpo_scratch.py", "--list-recipes"])
     g.main()
-    table = capsys.readouterr().out
-    assert all(name in table.splitlines()[0] for name in g.RECIPES)
-    assert "clip_high" in table and "reference_every" in table
+    listed = re.split(r"\n(?=\S)", capsys.readouterr().out.strip())
+    assert max(map(len, "\n".join(listed).splitlines())) <= 110
+    plain = ["--recipe", "dr-grpo", "--advantage-std", "population", "--aggregation", "token"]  # all defaults
+    for name, recipe in zip(g.RECIPES, listed, strict=True):  # typed as they stand, they are the recipe
+        config = g.parse_command_line([*plain, *recipe.removeprefix(name).split()])
+        assert dataclasses.replace(config, recipe=name) == g.make_config(name)
     # Prompts, group, new tokens, temperature, the loss's, std, eps, skip; updates, low, high, beta, every,
     # average, top, learning rate, norm.
     design = {
