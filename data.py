@@ -535,13 +535,13 @@ def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, checkpoin
     room, checkpoint = shutil.disk_usage(nearest).free + bytes_in(folder), model_bytes + state_bytes
     least, whole = model_bytes + checkpoint * bool(checkpoints), 2 * model_bytes + checkpoint * checkpoints
     if room < least:
-        raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ and "
-                         f"the checkpoint before it take {least / 1e9:.1f} GB; make room, choose another, or "
-                         "save no checkpoints: --save-every 0 --save-minutes 0")
+        raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ "
+                         f"and the checkpoint before it take {least / 1e9:.1f} GB; make room, choose another, "
+                         "or save no checkpoints: --save-every 0 --save-minutes 0")
     if room < whole:
-        warn(f"the disk has {room / 1e9:.1f} GB free, and {checkpoints} checkpoints of {checkpoint / 1e9:.1f} GB, "
-             f"best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are removed where room is "
-             "needed, never the newest")
+        warn(f"the disk has {room / 1e9:.1f} GB free, and {checkpoints} checkpoints of "
+             f"{checkpoint / 1e9:.1f} GB, best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are "
+             "removed where room is needed, never the newest")
 
 
 def make_room(folder: Path, needed: int) -> None:
@@ -827,7 +827,8 @@ class Dashboard:
             self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
         else:
             more = {"id": name, "dir": str(folder)} if self.service == "wandb" else {}
-            self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow", **more)
+            self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow",
+                                        **more)
 
     def _attempt(self, send: Callable[[], None]) -> None:
         try:
@@ -853,10 +854,10 @@ class Dashboard:
             if text:
                 self.run.add_text("samples", markdown, step)
             self.run.flush()
-        elif text and self.service == "wandb":
-            self.run.log(numbers | {"samples": self.module.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
         else:
-            self.run.log(numbers | ({"samples": self.module.Markdown(markdown)} if text else {}), step=step)
+            shown = (self.module.Html(f"<pre>{html.escape(text)}</pre>") if self.service == "wandb"
+                     else self.module.Markdown(markdown))
+            self.run.log(numbers | ({"samples": shown} if text else {}), step=step)
 
     def close(self) -> None:
         if self.run is not None:
@@ -929,7 +930,8 @@ def report(summary: dict, eval_samples: int, folder: Path) -> str:
             lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
     best = f"best/ (held-out accuracy {summary['best']['accuracy']:.3f}, step {summary['best']['step']})"
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
-    return "\n".join(lines + [f"  {folder}/{name}" for name in ("curves.png", "samples.jsonl", "final/", best)])
+    names = ("curves.png", "samples.jsonl", "final/", best)
+    return "\n".join(lines + [f"  {folder}/{name}" for name in names])
 
 
 def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:

@@ -72,8 +72,8 @@ class Config:
     plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
                            "fit; loads no weights; --device cuda --memory-budget-gib 12 is for such a card")
     ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the "
-                           "run's prompt, or to a JSON object, an example, with its rewards; without a text: to "
-                           "each line of the input", nargs="?", const="")
+                           "run's prompt, or to a JSON object, an example, with its rewards; without a text: "
+                           "to each line of the input", nargs="?", const="")
     steps: int = flag(500, "optimization steps; each samples prompts-per-step x group-size answers",
                       at_least=0, may_change=True)
     seed: int = flag(0, "of embedded weights, data and sampling; a CPU run repeats bit for bit")
@@ -84,8 +84,9 @@ class Config:
 
     model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub id, folder, or embedded (tiny, made in memory)",
                       group="policy, data and reward")
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16 on CUDA and, for models of more than 50 M parameters, on "
-                                                         "CPUs that compute in it; else float32")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "auto", "auto: bfloat16 on CUDA, and on CPUs that compute in it for more than 50 M parameters"
+    )
     trust_remote_code: bool = flag(False, "run Python code that comes with the model", may_change=True)
     task: str = flag("countdown", "countdown, gsm8k, mini-countdown, or a jsonl, json, csv or parquet file "
                      "with a `prompt` column (text used as it stands, or a list of chat messages)")
@@ -1089,8 +1090,8 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
     if gap > MOST_APART:
         raise InputError(
             f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the "
-            "sampler's; usually it has other weights or another temperature than the policy (another version of "
-            "vLLM?); use --sampler own"
+            "sampler's; usually it has other weights or another temperature than the policy (another version "
+            "of vLLM?); use --sampler own"
         )
     ratio, lengths = (logprobs - sampled).exp(), [len(s.completion) for s in sequences]
     importance = ratio.clamp(max=config.importance_cap)
@@ -1409,11 +1410,11 @@ def open_run(config: Config) -> Run | None:
     if config.plan_only:
         return None
     if not config.eval_only:
-        # Of all ranks: Adam's moments, a byte each and their scales; bf16 masters' lower halves; the reference.
+        # Of all ranks: Adam's moments, a byte each, and scales; bf16 masters' lower halves; the reference.
         byte = dtype.itemsize
         state_bytes = plan.parameters * (2 + 8 / 256 + 2 * (byte == 2) + byte * (config.beta > 0))
         kept = config.keep_checkpoints or config.steps // (config.save_every or config.steps or 1)
-        saves = (kept + 1) * bool(config.save_every or config.save_minutes)  # the oldest goes after the newest
+        saves = (kept + 1) * bool(config.save_every or config.save_minutes)  # the oldest goes last
         data.refuse_full_disk(folder, plan.parameters * byte, state_bytes, saves)
 
     if device == "cuda":  # what is beyond the plan is left to cuBLAS and kernels that are loaded late
@@ -1662,7 +1663,7 @@ def train(config: Config) -> dict:
 
 
 def ask(config: Config) -> None:
-    """Print the greedy answer to `config.ask`, or to each line of the input; an example's with its rewards."""
+    """Print the greedy answer to `config.ask`, or to each line of the input; to an example with rewards."""
     weights, trusted = rewards.parse_rewards(config.reward), config.trust_remote_code
     model_config, tokenizer = data.load_config(config.model, trust_remote_code=trusted)
     device = find_device(config)

@@ -1138,7 +1138,9 @@ def empty_model(model_config: PreTrainedConfig, trust_remote_code: bool = False)
         )
 
 
-def fastest_dtype(device: str, model_config: PreTrainedConfig, trust_remote_code: bool = False) -> torch.dtype:
+def fastest_dtype(
+    device: str, model_config: PreTrainedConfig, trust_remote_code: bool = False
+) -> torch.dtype:
     """bfloat16 with CUDA, and on a CPU that computes in it, where a model has more than 50 M parameters: two
     thirds of float32's time. Else float32."""
     if device == "cuda":

@@ -216,7 +216,8 @@ def score(completion: str, example: dict, weights: dict[str, float]) -> tuple[fl
             # SupportsFloat lets bools, numpy and torch scalars pass, and stops the string "1.0".
             parts[name] = float(result) if isinstance(result, SupportsFloat) else math.nan
         except Exception as error:
-            raise RewardError(f"reward {name!r} raised {_shown(error)}; example: {_shown(example)}") from error
+            raise RewardError(f"reward {name!r} raised {_shown(error)}; "
+                              f"example: {_shown(example)}") from error
         if not math.isfinite(parts[name]):
             raise RewardError(f"reward {name!r} returned {_shown(result)}, not a finite number; example: "
                               f"{_shown(example)}")
@@ -247,8 +248,8 @@ def _load(path: str, function: str, key: str) -> None:
 def parse_rewards(specs: list[str]) -> dict[str, float]:
     """Weights for `score` from `name`, `name:weight`, `path/to/file.py:function[:weight]`; without one, 1.0.
 
-    A function of your own joins REWARDS under its file's stem and its name, "my_rewards.brevity" (a second file
-    of the same stem: under its path); its file is run to load it. Raises RewardError, saying what to type
+    A function of your own joins REWARDS under its file's stem and its name, "my_rewards.brevity" (a second
+    file of the same stem: under its path); its file is run to load it. Raises RewardError, saying what to type
     instead, for a spec that can't be followed.
     """
     weights, files = {}, {}
