@@ -562,6 +562,9 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
     if not first_rank():
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("best", "final"):
+        if (old := folder / f".{name}.old").exists() and not (folder / name).exists():
+            old.rename(folder / name)  # the run was killed between the two renames of save_folder
     write_json(folder / "config.json", config)
     return go_back_to(folder, step)
 
@@ -600,11 +603,12 @@ def save_folder(
     """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it,
     or the evaluation that made it the best.
 
-    It appears whole or not at all: written beside, synced, renamed.
+    It appears whole or not at all: written beside, synced, renamed. One that it replaces is renamed first, and
+    where a run is killed before the second name is given, `open_folder` gives the old one its name back.
     """
     if not first_rank():
         return
-    partial = folder.parent / ".partial"
+    partial, old = folder.parent / ".partial", folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
     try:
         policy.model.save_pretrained(partial)
@@ -616,12 +620,14 @@ def save_folder(
             write_json(partial / EVALUATION, evaluation)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-        if folder.exists():  # `final` of a run that is resumed after its end
-            remove(folder)
+        if folder.exists():  # an earlier `best`, or `final` of a run that is resumed after its end
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         partial.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    sync(folder.parent)
 
 
 def remove(folder: Path) -> None:

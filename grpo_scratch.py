@@ -1726,9 +1726,17 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     beside = Path(early.model).absolute().parent / "config.json"  # a run's, of which the model is a part
     of_run = {}
     if early.ask is not None and beside.is_file():
-        of_run = json.loads(beside.read_text())
+        try:
+            of_run = dict(json.loads(beside.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"--ask: {beside} is not the settings of a run ({error}); mend it, or move the model "
+                             "away from it and give --task and --max-new-tokens") from error
         of_run = {k: of_run[k] for k in ("recipe", "task", "prompt_format", "max_new_tokens", "reward") if k in of_run}
-        of_run["reward"] = [x for x in of_run.get("reward", []) if not x.split(":")[0].endswith(".py")]  # code
+        code = [x for x in of_run.get("reward", []) if x.split(":")[0].endswith(".py")]
+        of_run["reward"] = [x for x in of_run.get("reward", []) if x not in code]
+        if code and "--reward" not in arguments:
+            warn(f"--ask: the run's reward is code and left out, {' '.join(code)}; if you trust it, give it with "
+                 "--reward")
     recipe = saved["recipe"] if saved else resolve_recipe(of_run.get("recipe", early.recipe))
     parser.epilog = f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}"
     parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None, **of_run}))

@@ -2,7 +2,10 @@
 
 import json
 import random
+import shutil
+from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 
 import datasets
 import pytest
@@ -286,6 +289,40 @@ def test_a_model_that_cant_be_had_is_refused(tmp_path, qwen2_folder):
         with pytest.raises(InputError, match=told):
             _, tokenizer = data.load_config(str(model))
             data.load_policy(str(model), tokenizer, dtype=torch.float32, device="cpu")
+
+
+def test_a_kill_at_any_step_of_replacing_best_leaves_the_old_or_the_new_one(tmp_path, monkeypatch):
+    """A step is a renaming or a deletion, which is killed halfway; after a kill nothing else is done."""
+    policy = data.Policy(*data.tiny_policy(seed=0), stops=[], pad_token_id=0)
+    data.save_best(policy, tmp_path, {"step": 0, "accuracy": 0.0})
+    steps_done, found = [], set()
+
+    def killed(real):
+        def step(path, *more, **named):
+            steps_done.append(path)
+            if len(steps_done) < killed_at:
+                return real(path, *more, **named)
+            if len(steps_done) == killed_at and real is shutil_rmtree:
+                for file in Path(path).glob("*.safetensors"):
+                    file.unlink()
+            raise KeyboardInterrupt
+        return step
+
+    shutil_rmtree = shutil.rmtree
+    for killed_at in range(1, 8):
+        before, steps_done[:] = data.best_evaluation(tmp_path), []
+        after = {"step": killed_at, "accuracy": killed_at / 10}
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", killed(shutil.rmtree))
+            patch.setattr(Path, "rename", killed(Path.rename))
+            data.save_best(policy, tmp_path, after)
+        data.open_folder(tmp_path, {}, step=killed_at)  # as the resumed run does
+        kept = data.best_evaluation(tmp_path)
+        assert kept in (before, after)
+        found.add(kept == after)
+        data.load_policy(str(tmp_path / "best"), policy.tokenizer, dtype=torch.float32, device="cpu")
+    assert len(steps_done) == killed_at - 1 and found == {True, False}  # the last one was killed nowhere
+    assert {p.name for p in tmp_path.iterdir()} == {"best", "config.json"}
 
 
 @pytest.mark.parametrize("template", [

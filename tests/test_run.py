@@ -1094,9 +1094,19 @@ def test_ask_uses_the_text_as_it_stands_for_a_task_from_a_file_and_runs_no_code(
     arguments = ["--ask", '{"prompt": "Write 2 a\'s:", "n": 2}', "--model", str(tmp_path / "run" / "final")]
     config = g.parse_command_line(arguments)
     assert (config.task, config.max_new_tokens, config.reward) == (own_task["task"], 10, [])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and own_task["reward"][0] in told and "give it with --reward" in told
     assert data.asked_example("Write 2 a's:", config.task) == {"prompt": "Write 2 a's:"}
-    out, _, code = ask(monkeypatch, capsys, *arguments, "--reward", *own_task["reward"])
-    assert code == 0 and "(my_rewards.many " in out
+    out, err, code = ask(monkeypatch, capsys, *arguments, "--reward", *own_task["reward"])
+    assert code == 0 and "(my_rewards.many " in out and "warning" not in err
+
+
+@pytest.mark.parametrize("content", ['{"task": "countd', "[1, 2]", "\xff"])
+def test_ask_refuses_a_broken_config_beside_the_model_in_one_line(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    out, err, code = ask(monkeypatch, capsys, "--ask", "hello", "--model", str(tmp_path / "final"))
+    assert (out, code) == ("", 2) and err.count("\n") == 1
+    assert f"{tmp_path / 'config.json'} is not the settings of a run" in err
 
 
 @pytest.mark.parametrize("name", data.PROMPTS)
