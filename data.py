@@ -17,6 +17,7 @@ import html
 import importlib
 import itertools
 import json
+import math
 import operator
 import os
 import random
@@ -104,11 +105,13 @@ def asked_example(text: str, prompt_format: str) -> dict:
     with suppress(ValueError):
         example = json.loads(text)
     if isinstance(example, dict):
+        if "prompt" in example:
+            return example
         try:
-            return example if "prompt" in example else {**example, "prompt": PROMPTS[prompt_format](example)}
-        except KeyError as error:
-            raise InputError(f"--ask {text}: the object has no {error}; an example holds what its prompt and "
-                             "its rewards read, or a `prompt`") from error
+            return {**example, "prompt": PROMPTS[prompt_format](example)}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"--ask {text}: no prompt can be made of it ({type(error).__name__}: {error}); an "
+                             "example holds what its prompt and its rewards read, or a `prompt`") from error
     if prompt_format not in PROMPTS:
         return {"prompt": text}
     prompt = PROMPTS[prompt_format]({"nums": [], "target": "", "question": text})
@@ -152,7 +155,7 @@ def last_request(prompt: str | list[dict]) -> str:
 
 def tokenize(tokenizer, config, examples: list[dict], max_new_tokens: int) -> int:
     """Put `prompt_ids` into each example; returns the longest's tokens. InputError if one leaves no room."""
-    context = config.get_text_config().max_position_embeddings
+    context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # Bloom has no limit
     for example in examples:
         example["prompt_ids"] = encode_prompt(tokenizer, example["prompt"])
     longest = max(examples, key=lambda example: len(example["prompt_ids"]))
@@ -462,25 +465,27 @@ def load_policy(
     return Policy(loaded.to(device), tokenizer, sorted(stops), pad)
 
 
-def reward_model_bytes(name: str | None, dtype: torch.dtype) -> int:
+def reward_model_bytes(name: str | None, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
     """What a reward model's weights will take; read from its config alone."""
     if name is None:
         return 0
-    config = fetch(f"--reward-model {name}", transformers.AutoConfig.from_pretrained, name)
+    trusted = {"trust_remote_code": trust_remote_code}
+    config = fetch(f"--reward-model {name}", transformers.AutoConfig.from_pretrained, name, **trusted)
     with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = transformers.AutoModelForSequenceClassification.from_config(config, **trusted)
     return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
 class RewardModel:
     """A sequence-classification model with one label; it scores answers and rests in host memory."""
 
-    def __init__(self, name: str, *, device: str, **options):
+    def __init__(self, name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False):
         """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
-        what = f"--reward-model {name}"
-        self.tokenizer = fetch(what, transformers.AutoTokenizer.from_pretrained, name, padding_side="right")
+        what, trusted = f"--reward-model {name}", {"trust_remote_code": trust_remote_code}
+        load = transformers.AutoTokenizer.from_pretrained
+        self.tokenizer = fetch(what, load, name, padding_side="right", **trusted)
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        self.model = fetch(what, load, name, **options)
+        self.model = fetch(what, load, name, dtype=dtype, **trusted)
         if self.model.config.num_labels != 1:
             raise InputError(f"{what}: has {self.model.config.num_labels} labels; use one with a single "
                              "label")
@@ -554,7 +559,7 @@ def make_room(folder: Path, needed: int) -> None:
 
 def first_rank() -> bool:
     """Of the processes that torchrun started, the first one writes files and talks."""
-    return os.environ.get("RANK", "0") == "0"
+    return "LOCAL_RANK" not in os.environ or os.environ["RANK"] == "0"
 
 
 def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
@@ -716,6 +721,20 @@ def fingerprints(examples: list[dict], heldout: list[dict], reward: list[str]) -
     files = [spec.split(":")[0] for spec in reward]
     found |= {name: Path(name).read_bytes() for name in files if name.endswith(".py")}
     return {what: hashlib.sha256(x).hexdigest() for what, x in found.items()}
+
+
+def settings_of_run(model: str) -> dict:
+    """What the run that a model's folder lies in says of its task, prompts and rewards; {} if it is none's."""
+    path = Path(model).absolute().parent / "config.json"
+    try:
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not the settings of a run ({error}); mend it, or give --recipe") from error
+    if not (isinstance(saved, dict) and "recipe" in saved):  # another program's
+        return {}
+    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens",
+             "eval_examples")
+    return {name: saved[name] for name in names if name in saved}
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
@@ -947,7 +966,7 @@ def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -
         return
     all_cut = all(m["truncated_fraction"] == 1 for m in last)
     no_spread = all(m["groups_without_spread"] == 1 for m in last) and not all_cut
-    all_alike = all(m["entropy"] < 1e-3 for m in last)
+    all_alike = all(m["entropy"] < 1e-3 for m in last) and not all_cut
     troubles = {
         "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
         "--cold-start-steps to teach the form of an answer, usually help": all_cut,

@@ -80,12 +80,13 @@ class Config:
     name: str | None = flag(None, "folder of the run below --output-dir; default: recipe and start time",
                             may_change=True)
     output_dir: str = flag("runs", "folder that holds the runs", may_change=True)
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one", may_change=True)
 
     model: str = flag("Qwen/Qwen2.5-0.5B-Instruct", "hub id, folder, or embedded (tiny, made in memory)",
                       group="policy, data and reward")
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
-        "auto", "auto: bfloat16 on CUDA, and on CPUs that compute in it for more than 50 M parameters"
+        "auto", "auto: bfloat16 on CUDA, and on CPUs that compute in it for more than 50 M parameters",
+        may_change=True,
     )
     trust_remote_code: bool = flag(False, "run Python code that comes with the model", may_change=True)
     task: str = flag("countdown", "countdown, gsm8k, mini-countdown, or a jsonl, json, csv or parquet file "
@@ -236,10 +237,14 @@ RECIPES: dict[str, dict] = {
 }
 
 
-def resolve_recipe(recipe: str) -> str:
-    """The recipe's name, with auto decided by the machine. Raises InputError when there is no such recipe."""
+def find_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def resolve_recipe(recipe: str, device: str = "auto") -> str:
+    """The recipe's name, with auto decided by the device. Raises InputError when there is no such recipe."""
     if recipe == "auto":
-        return "improved" if torch.cuda.is_available() else "tiny"
+        return "improved" if find_device(device) == "cuda" else "tiny"
     if recipe not in RECIPES:
         raise InputError(f"--recipe {recipe}: no such recipe; use auto or one of {', '.join(RECIPES)}")
     return recipe
@@ -247,7 +252,7 @@ def resolve_recipe(recipe: str) -> str:
 
 def make_config(recipe: str = "auto", **overrides) -> Config:
     """A recipe's settings with `overrides`, checked; InputError if unknown or out of range."""
-    recipe = resolve_recipe(recipe)
+    recipe = resolve_recipe(recipe, overrides.get("device", "auto"))
     own, names = RECIPES[recipe], [f.name for f in dataclasses.fields(Config)]
     if unknown := [name for name in overrides if name not in names]:
         raise InputError(f"{unknown[0]}: no such setting; the settings are {', '.join(names)}")
@@ -935,8 +940,8 @@ class TrainSequence:
 def train_sequences(episodes: list[Episode], config: Config) -> list[TrainSequence]:
     """What is to be learned from episodes that have their advantages.
 
-    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, the
-    episodes of groups without spread are dropped: their gradient is zero.
+    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, episodes
+    of advantage 0, as in groups without spread, are dropped: their gradient is zero.
     """
     lengths = torch.tensor([len(e.completion.ids) for e in episodes])
     weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
@@ -1011,9 +1016,12 @@ def compute_gradients(
     policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], tokens: int, temperature: float,
     *, become_old: bool = False, ratio: str = "token", **loss_options,
 ) -> dict[str, float]:
-    """The gradients of these sequences' loss, micro-batch after micro-batch; its sum, and its statistics'
-    part in their means over the batch's `tokens` that count. With `become_old`, these log-probabilities are
-    the `old_logprobs` of the updates to come."""
+    """The gradients of these sequences' loss, micro-batch after micro-batch.
+
+    Returns the loss, and each mean of grpo_loss times the share that these sequences have of the batch's
+    `tokens` that count, on all ranks. With `become_old`, the log-probabilities computed here are the
+    `old_logprobs` of the updates to come.
+    """
     policy.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
     sums: dict[str, Tensor] = {}
     for batch in in_micro_batches(sequences, limits):
@@ -1237,7 +1245,7 @@ def evaluate(run: "Run") -> dict:
     config = run.config
     say(f"evaluating {len(run.heldout)} held-out examples")
     # Limits of its own: when its memory runs out, training goes on with as many rows as before.
-    roll = partial(rollout, run, run.heldout, limits=dataclasses.replace(run.limits))
+    roll = partial(rollout, run, run.heldout, limits=dataclasses.replace(run.limits, planned={}))
     greedy = roll(group_size=1, temperature=0.0)
     result = {"step": run.step, "accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
     if config.eval_samples:
@@ -1294,7 +1302,9 @@ class Run:
     policy: Policy
     examples: list[dict]
     heldout: list[dict]
-    sampler: Callable  # prompts' token ids -> Completions; see `rollout`
+    # Prompts' token ids -> Completions, with the keywords that `rollout` gives. One that returns no entropies is
+    # another engine: compare_with_sampler computes them, and the importance of each token.
+    sampler: Callable
     score: Callable  # examples, texts -> rewards and their parts; see `scorer`
     # sequences -> log-probabilities of their tokens that count
     reference: memory.ReferencePolicy | memory.ReferenceServer | None
@@ -1357,7 +1367,7 @@ def open_run(config: Config) -> Run | None:
     check_config(config)
     if config.report_to != "none":
         data.import_service(config.report_to)  # refused now, where it is missing
-    device = find_device(config)
+    device = find_device(config.device)
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
         raise InputError("the ranks were given different settings; start all with the same command line")
@@ -1448,10 +1458,6 @@ def open_run(config: Config) -> Run | None:
     return run
 
 
-def find_device(config: Config) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-
-
 def find_dtype(config: Config, device: str, model_config) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
@@ -1470,8 +1476,9 @@ def make_plan(
         reference=config.beta > 0 and not config.reference_url, offload_optimizer=config.offload_optimizer,
         memory_budget_bytes=min(memory.gather(lambda: [budget])), ranks=ranks,
         engine=torch.device(device).type if config.sampler == "vllm" else None,
-        reward_model_bytes=data.reward_model_bytes(config.reward_model, dtype),
+        reward_model_bytes=data.reward_model_bytes(config.reward_model, dtype, config.trust_remote_code),
         top_entropy=config.top_entropy, training=not config.eval_only,
+        evaluated=math.ceil(config.eval_examples * max(1, config.eval_samples) / ranks),
         trust_remote_code=config.trust_remote_code,
     )
     wanted = {name: getattr(config, name) for name in ("max_rows", "micro_batch_tokens", "recomputed_layers")}
@@ -1569,7 +1576,7 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
         data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
         after = evaluate(run)
         best = data.save_best(run.policy, run.folder, run.evaluations[-1])
-    if metrics:  # of the first rank
+    if metrics:  # none with --steps 0
         data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
     summary = {
         "recipe": run.config.recipe, "accuracy_before": run.before["accuracy"],
@@ -1657,7 +1664,7 @@ def ask(config: Config) -> None:
     """Print the greedy answer to `config.ask`, or to each line of the input; to an example with rewards."""
     weights, trusted = rewards.parse_rewards(config.reward), config.trust_remote_code
     model_config, tokenizer = data.load_config(config.model, trust_remote_code=trusted)
-    device = find_device(config)
+    device = find_device(config.device)
     policy = open_policy(config.model, tokenizer, dtype=find_dtype(config, device, model_config),
                          device=device, seed=config.seed, trust_remote_code=trusted)
     for text in [config.ask] if config.ask else filter(str.strip, sys.stdin):
@@ -1668,7 +1675,7 @@ def ask(config: Config) -> None:
                               temperature=0.0, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
             completion = tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
             say(completion)
-            if example.keys() - {"prompt", "prompt_ids"}:
+            if weights and example.keys() - {"prompt", "prompt_ids"}:
                 reward, parts = rewards.score(completion, example, weights)
                 say(f"reward {reward:g} ({', '.join(f'{name} {x:g}' for name, x in parts.items())})")
         except (InputError, rewards.RewardError) as error:
@@ -1711,24 +1718,17 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         # Leave to run code is not taken over. What an older checkpoint doesn't know counts as its default.
         known = dataclasses.asdict(Config()) | data.load_state(checkpoint)["config"]
         saved = {f.name: known[f.name] for f in dataclasses.fields(Config)} | {"trust_remote_code": False}
-        if "--reward" not in arguments and any(name.split(":")[0].endswith(".py") for name in saved["reward"]):
-            raise InputError(f"--resume {early.resume}: its reward is code, {' '.join(saved['reward'])}; if "
-                             "you trust it, give it again with --reward")
-    beside = Path(early.model).absolute().parent / "config.json"  # a run's, of which the model is a part
-    of_run = {}
-    if early.ask is not None and beside.is_file():
-        try:
-            of_run = dict(json.loads(beside.read_text()))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"--ask: {beside} is not the settings of a run ({error}); mend it, or move the model "
-                             "away from it and give --task and --max-new-tokens") from error
-        of_run = {k: of_run[k] for k in ("recipe", "task", "prompt_format", "max_new_tokens", "reward") if k in of_run}
-        code = [x for x in of_run.get("reward", []) if x.split(":")[0].endswith(".py")]
-        of_run["reward"] = [x for x in of_run.get("reward", []) if x not in code]
-        if code and "--reward" not in arguments:
-            warn(f"--ask: the run's reward is code and left out, {' '.join(code)}; if you trust it, give it with "
-                 "--reward")
-    recipe = saved["recipe"] if saved else resolve_recipe(of_run.get("recipe", early.recipe))
+    of_run = {}  # the settings of the run that the model is of, unless a recipe is given
+    if (early.ask is not None or early.eval_only) and not saved and early.recipe == "auto":
+        of_run = data.settings_of_run(early.model)
+    code = [x for x in (saved or of_run).get("reward", []) if rewards.is_code(x)]
+    if code and not any(x.split("=")[0] == "--reward" for x in arguments):
+        told = f"the run's reward is code, {' '.join(code)}; if you trust it, give it again with --reward"
+        if early.ask is None:
+            raise InputError(told)
+        warn(f"{told}; it is left out")
+        of_run["reward"] = [x for x in of_run["reward"] if x not in code]
+    recipe = saved["recipe"] if saved else resolve_recipe(of_run.get("recipe", early.recipe), early.device)
     parser.epilog = f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}"
     parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None, **of_run}))
     *of_groups, unknown = parser.parse_args_into_dataclasses(

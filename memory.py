@@ -972,15 +972,16 @@ def plan(
     model_config: PreTrainedConfig, *, prompt_tokens: int, max_new_tokens: int, prompts: int, group_size: int,
     dtype: torch.dtype, memory_budget_bytes: int, offload_optimizer: bool = False, reference: bool = False,
     top_entropy: float = 1.0, micro_batch_tokens: int | None = None, recomputed_layers: int | None = None,
-    max_rows: int | None = None, training: bool = True, ranks: int = 1, reward_model_bytes: int = 0,
-    trust_remote_code: bool = False, engine: Literal["cpu", "cuda"] | None = None,
+    max_rows: int | None = None, training: bool = True, evaluated: int = 0, ranks: int = 1,
+    reward_model_bytes: int = 0, trust_remote_code: bool = False,
+    engine: Literal["cpu", "cuda"] | None = None,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
-    memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. Without
-    `training` only sampling is planned. With several `ranks`, it is for the one that owns most of the
-    optimizer's state, and prompts and budget are a rank's. A reward model's weights (reward_model_bytes) take
-    the sampler's place while it scores. With `engine`, vLLM samples there, with weights and a KV cache of its
+    memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. An evaluation
+    samples `evaluated` answers; without `training` only sampling is planned. With several `ranks`, it is for
+    the one that owns most of the optimizer's state, and prompts, evaluated and budget are a rank's. A reward
+    model's weights (reward_model_bytes) take the sampler's place while it scores. With `engine`, vLLM samples there, with weights and a KV cache of its
     own: on CUDA it sleeps in the update and holds nothing, on a CPU it can't. micro_batch_tokens,
     recomputed_layers and max_rows are choices: those given are kept, the others made, with as many sampler
     rows as fit and the micro-batch and recomputation of least work. It needs only the config, of a decoder
@@ -1070,7 +1071,7 @@ def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> 
     again = kept if recomputed == layers else 0
 
     # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
-    waiting = rows < wanted.prompts * wanted.group_size
+    waiting = rows < max(wanted.prompts * wanted.group_size, wanted.evaluated)
     columns = episode + (wanted.max_new_tokens // 2 if waiting else 0)
     kv_token = 2 * keys * byte * layers
     kv_cache = rows * columns * kv_token

@@ -245,6 +245,11 @@ def _load(path: str, function: str, key: str) -> None:
     REWARDS[key] = found[function]
 
 
+def is_code(spec: str) -> bool:
+    """Whether a reward is a function of somebody's file, and not one of REWARDS."""
+    return spec.split(":")[0].endswith(".py")
+
+
 def parse_rewards(specs: list[str]) -> dict[str, float]:
     """Weights for `score` from `name`, `name:weight`, `path/to/file.py:function[:weight]`; without one, 1.0.
 

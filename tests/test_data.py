@@ -336,3 +336,16 @@ def test_a_template_that_cannot_take_the_messages_is_told(template):
         roles = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         data.encode_prompt(tokenizer, roles)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_model_without_a_longest_context_takes_any_prompt():
+    example = {"prompt": "numbers " * 3000}
+    assert data.tokenize(data.tiny_tokenizer(), transformers.BloomConfig(), [example], 10) == 3000
+
+
+def test_a_rank_that_only_a_scheduler_knows_of_writes_its_files(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert data.first_rank()
+    monkeypatch.setenv("LOCAL_RANK", "1")  # torchrun sets both
+    assert not data.first_rank()

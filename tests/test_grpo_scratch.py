@@ -33,6 +33,8 @@ def test_a_flag_beats_its_recipe_and_a_recipe_beats_the_default():
 
 def test_without_cuda_the_recipe_is_tiny():
     assert g.make_config().recipe == ("improved" if torch.cuda.is_available() else "tiny")
+    assert g.make_config(device="cpu").recipe == "tiny"
+    assert g.make_config(device="cuda", plan_only=True, memory_budget_gib=12).recipe == "improved"
 
 
 def test_help_lists_every_flag_in_a_group(capsys):

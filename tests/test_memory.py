@@ -888,6 +888,12 @@ def state_of(p):
     return 2 * moments + [(n, torch.int16)] * (p.dtype == torch.bfloat16)
 
 
+def test_the_plan_has_columns_to_spare_when_an_evaluation_has_more_answers_than_rows():
+    config = Qwen2Config(**SMALL)
+    caches = {n: plan(config, prompts=8, max_rows=64, evaluated=n).kv_cache_bytes for n in (0, 64, 65)}
+    assert caches[64] == caches[0] and caches[65] * (150 + 1024) == caches[0] * (150 + 1024 + 512)
+
+
 def test_the_plan_knows_the_pools_of_an_offloaded_optimizer_and_a_reference():
     model = tiny(dtype=torch.bfloat16, hidden_size=64, vocab_size=3000)
     optimizer = memory.AdamW8bit(model.parameters(), lr=1e-6, offload=True)

@@ -319,12 +319,12 @@ def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
     g.train(quick(tmp_path, steps=1, save_every=1, task=own_task["task"], reward=reward,
                   trust_remote_code=True))
     resume = ["--resume", str(tmp_path / "run")]
-    with pytest.raises(g.InputError, match="its reward is code, .*my_rewards.py:evil; if you trust it"):
+    with pytest.raises(g.InputError, match="the run's reward is code, .*my_rewards.py:evil; if you trust it"):
         g.parse_command_line(resume)
     state = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
     saved = torch.load(state, weights_only=True)
     torch.save({**saved, "config": saved["config"] | {"reward": [f"{tmp_path}/my_rewards.py"]}}, state)
-    with pytest.raises(g.InputError, match="its reward is code"):  # a file without a function is run as well
+    with pytest.raises(g.InputError, match="the run's reward is code"):  # a file without a function is run as well
         g.parse_command_line(resume)
     torch.save(saved, state)
     config = g.parse_command_line([*resume, "--reward", *reward])
@@ -1081,9 +1081,11 @@ def test_ask_prints_the_greedy_answer_of_a_runs_model(tmp_path, monkeypatch, cap
     out, err, code = ask(monkeypatch, capsys, *model_flag, "--ask", typed=(
         f'numbers 27 15 target 12\n\n{{"nums": [1, 2]}}\n{json.dumps(example)}\n'))
     assert out == generated([27, 15], 12) + "\n" + told and code == 0
-    assert err.count("warning") == 1 and "the object has no 'target'" in err
+    assert err.count("warning") == 1 and "no prompt can be made of it (KeyError: 'target')" in err
     out, err, code = ask(monkeypatch, capsys, "--ask", '{"nums": [1, 2]}', *model_flag)
-    assert (out, code) == ("", 2) and "the object has no 'target'" in err
+    assert (out, code) == ("", 2) and "(KeyError: 'target')" in err
+    out, err, code = ask(monkeypatch, capsys, "--ask", '{"nums": 5, "target": 3}', *model_flag)
+    assert (out, code) == ("", 2) and "no prompt can be made of it (TypeError" in err
     assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing is written
 
 
@@ -1095,13 +1097,27 @@ def test_ask_uses_the_text_as_it_stands_for_a_task_from_a_file_and_runs_no_code(
     config = g.parse_command_line(arguments)
     assert (config.task, config.max_new_tokens, config.reward) == (own_task["task"], 10, [])
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and own_task["reward"][0] in told and "give it with --reward" in told
+    assert told.count("\n") == 1 and own_task["reward"][0] in told and "again with --reward" in told
+    with pytest.raises(g.InputError, match="the run's reward is code"):  # where it is the very thing
+        g.parse_command_line(["--eval-only", *arguments[2:]])
     assert data.asked_example("Write 2 a's:", config.task) == {"prompt": "Write 2 a's:"}
     out, err, code = ask(monkeypatch, capsys, *arguments, "--reward", *own_task["reward"])
     assert code == 0 and "(my_rewards.many " in out and "warning" not in err
 
 
-@pytest.mark.parametrize("content", ['{"task": "countd', "[1, 2]", "\xff"])
+def test_a_model_is_evaluated_on_the_task_of_its_run_unless_a_recipe_is_given(tmp_path):
+    g.train(quick(tmp_path, steps=0, seed=3, eval_examples=7))
+    final = str(tmp_path / "run" / "final")
+    config = g.parse_command_line(["--eval-only", "--model", final])
+    assert (config.task, config.seed, config.eval_examples) == ("mini-countdown", 3, 7)
+    config = g.parse_command_line(["--eval-only", "--model", final, "--recipe", "lm-book"])
+    assert (config.task, config.seed, config.eval_examples) == ("gsm8k", 0, 128)
+    # A folder beside another program's config.json is no run's.
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "qwen2"}')
+    assert data.settings_of_run(final) == {}
+
+
+@pytest.mark.parametrize("content", ['{"task": "countd', "\xff"])
 def test_ask_refuses_a_broken_config_beside_the_model_in_one_line(tmp_path, monkeypatch, capsys, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     out, err, code = ask(monkeypatch, capsys, "--ask", "hello", "--model", str(tmp_path / "final"))
