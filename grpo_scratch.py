@@ -371,14 +371,15 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     run.limits.grow()
     run.step, run.drawn, run.random_state = step, drawn, run.generator.get_state()
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
-    return step_metrics(step, episodes, learned | compared, skipped, rate) | {
+    record = step_metrics(step, episodes, learned | compared, skipped, rate) | {
         "groups_kept": len(spread),
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
         "seconds": time.monotonic() - started,
         "waited_seconds": memory.waited_seconds - waited,
         "peak_memory_bytes": memory.peak_memory(run.device),
-    }, episodes
+    }
+    return record, episodes
 
 
 def groups_with_spread(episodes: list[Episode]) -> set[int]:
@@ -545,7 +546,7 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
 
 
 # Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, many on a GPU.
-LOGITS_AT_ONCE = {"cpu": 2**19}
+LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}
 
 
 def choose_tokens(
@@ -569,7 +570,7 @@ def choose_tokens(
         moment = (z.exp() * z).nansum(-1, keepdim=True)
     else:
         blocks = math.ceil(vocab / size)
-        at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
+        at_once = max(1, min(rows, LOGITS_AT_ONCE[logits.device.type] // vocab))
         new = partial(logits.new_empty, dtype=torch.float32)
         z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
         p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
@@ -612,7 +613,7 @@ def choose_tokens(
 
 
 # Steps between looks at which rows have finished: each look makes the host wait for the GPU.
-CHECK_EVERY = {"cuda": 8}
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
 PREFILLED = 32  # prompts in a pass; memory.plan counts so many
 
 
@@ -645,7 +646,7 @@ def sample(
     blocked = torch.finfo(model.dtype).min
     mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
-    check_every = CHECK_EVERY.get(device.type, 1)
+    check_every = CHECK_EVERY[device.type]
 
     if uniform is None and temperature:
         uniform = torch.rand(
@@ -933,6 +934,12 @@ class TrainSequence:
     importance: Tensor | None = None
     sampled_logprobs: Tensor | None = None  # the sampler's, where the update's should equal them
 
+    @classmethod
+    def whole(cls, prompt: list[int], completion: list[int], weight: float = 0.0) -> "TrainSequence":
+        """One of which every token counts, by the same weight and with an advantage of 1."""
+        m = len(completion)
+        return cls(prompt, completion, torch.arange(m), torch.ones(m), torch.full((m,), weight))
+
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
 
@@ -1078,10 +1085,7 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
     """
     if not episodes or episodes[0].completion.entropies:
         return {}  # our own sampler, whose gap the update sees in passing
-    config, sequences = run.config, [
-        TrainSequence(e.prompt, e.completion.ids, torch.arange(n), torch.zeros(n), torch.zeros(n))
-        for e in episodes for n in [len(e.completion.ids)]
-    ]
+    config, sequences = run.config, [TrainSequence.whole(e.prompt, e.completion.ids) for e in episodes]
     own = all_logprobs(run.policy, run.limits, config.temperature, sequences, entropies=True)
     logprobs, entropies = torch.cat(own, dim=1).cpu()
     sampled = torch.tensor([x for e in episodes for x in e.completion.logprobs])
@@ -1213,9 +1217,7 @@ def optimizer_step(optimizer, sums: dict[str, float], max_grad_norm: float) -> d
 
 def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str | None, rate: float) -> dict:
     """One line of metrics.jsonl, but for the timings. Values that the step did not have are null."""
-    def mean(values: list) -> float:
-        return sum(values) / len(values)
-
+    mean = statistics.fmean
     groups: dict[int, set] = {}
     for e in episodes:
         groups.setdefault(e.group, set()).add(e.advantage)
@@ -1249,9 +1251,9 @@ def evaluate(run: "Run") -> dict:
     greedy = roll(group_size=1, temperature=0.0)
     result = {"step": run.step, "accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
     if config.eval_samples:
-        drawn = roll(group_size=config.eval_samples, temperature=config.temperature,
-                     generator=torch.Generator().manual_seed(config.seed))
-        result["pass_at_k"] = len({e.group for e in drawn if is_solved(e)}) / len(run.heldout)
+        sampled = roll(group_size=config.eval_samples, temperature=config.temperature,
+                       generator=torch.Generator().manual_seed(config.seed))
+        result["pass_at_k"] = len({e.group for e in sampled if is_solved(e)}) / len(run.heldout)
     run.evaluations.append(dict(result))
     shown = [(data.last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
     return {**result, "shown": shown}
@@ -1268,15 +1270,11 @@ def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: i
     for step in bar:
         batch = [rng.choice(examples) for _ in range(batch_size)]
         answers = [encode(data.demonstration(e, rng)) + [policy.tokenizer.eos_token_id] for e in batch]
-        weight = 1 / sum(map(len, answers))
-        sequences = [
-            TrainSequence(e["prompt_ids"], answer, torch.arange(len(answer)), torch.ones(len(answer)),
-                          torch.full((len(answer),), weight))
-            for e, answer in zip(batch, answers)
-        ]
+        tokens = sum(map(len, answers))
+        sequences = [TrainSequence.whole(e["prompt_ids"], x, 1 / tokens) for e, x in zip(batch, answers)]
         set_learning_rate(optimizer, rate * (1 - step / steps))
         mine = memory.share(sequences, [len(s) for s in sequences])
-        sums = until_it_fits(partial(compute_gradients, policy, limits, mine, sum(map(len, answers)), 1.0),
+        sums = until_it_fits(partial(compute_gradients, policy, limits, mine, tokens, 1.0),
                              limits, "update", longest=max(map(len, mine), default=0))
         loss = f"{optimizer_step(optimizer, sums, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
         bar.set_postfix(loss=loss)
@@ -1562,8 +1560,7 @@ def start(run: Run) -> None:
 def check_reference(run: Run) -> None:
     """Raises memory.NoReference unless the server's model is the policy, by what both make of prompts."""
     prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
-    sequences = [TrainSequence(p[:1], p[1:], torch.arange(len(p) - 1), torch.ones(0), torch.ones(0))
-                 for p in prompts]
+    sequences = [TrainSequence.whole(p[:1], p[1:]) for p in prompts]
     if sequences:
         own, theirs = all_logprobs(run.policy, run.limits, 1.0, sequences), run.reference(sequences)
         run.reference.check_agreement(torch.cat(own), torch.cat(theirs))
