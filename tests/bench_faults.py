@@ -1,27 +1,294 @@
-"""Faults tried on real runs of the tiny recipe: kill -9 at random moments, signals, a full disk.
+"""Faults tried on real runs of the tiny recipe: kill -9 in named phases, signals, a full disk, closed folders.
 
-    .venv/bin/python tests/bench_faults.py --kills 50      # about ten minutes on two cores
+    OMP_NUM_THREADS=1 .venv/bin/python tests/bench_faults.py --kills 50      # half an hour on two cores
 
-One run saves at every second step and is killed again and again, each time at a random moment, and resumed
-with `--resume latest`. Survived means: it resumes, and has lost no more than the steps since the last save.
+One run, with everything on (refills, evaluations that each find a better model, checkpoints, a reference on a
+server), is killed again and again and resumed with `--resume latest`, on one rank or on two.
+
+A phase is observed from outside. Each process of the run is this file, which wraps the phases' functions and
+calls main: a line with the time goes into a file when a phase begins, another when it ends. The reference's
+server, in the bench's own process, does the same for each request. The bench waits until a phase has begun,
+lets a random part of its usual length go by, kills, and reads the lines again: only a kill before which the
+phase had begun and not ended counts as observed. One that came too late is repeated in the phase. Where two
+renames lie too close together to hit, the wrapper holds the process there for HOLD seconds.
+
+Survived means: what the kill left is whole (`what_is_broken`), and the run has gone on from its newest
+checkpoint, having lost no more than the steps since the last save.
 """
 
 import argparse
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "grpo_scratch.py"
-SAVE_EVERY = 2
-NEW_RUN = ["--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0", "--steps", "100000",
-           "--eval-examples", "4", "--prompts-per-step", "4", "--save-every", str(SAVE_EVERY),
-           "--eval-every", "0"]
+import torch
+import torch.distributed.run
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import grpo_scratch as g
+
+SCRIPT, SAVE_EVERY, HOLD = Path(g.__file__), 2, 0.1
+SMALL = ["--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--prompts-per-step", "4", "--group-size", "4"]
+NEW_RUN = [*SMALL, "--cold-start-steps", "0", "--steps", "100000", "--eval-examples", "4", "--eval-every", "0",
+           "--save-every", str(SAVE_EVERY)]
+KILLED_RUN = [*SMALL, "--cold-start-steps", "0", "--refill-rounds", "2", "--beta", "0.01", "--eval-examples", "16",
+              "--eval-every", "1", "--save-every", str(SAVE_EVERY), "--resume", "latest", "--name", "killed"]
+
+AT_START = ["opening a checkpoint", "going back to it"]
+IN_STEPS = ["refill", "update", "evaluation", "checkpoint", "best/", "reference server answers"]
+ONE_RANK = [*AT_START, *IN_STEPS, "between the renames of best/", "final/"]
+TWO_RANKS = ["two ranks, one is killed", "two ranks, all are killed"]
+
+
+# ---- In the run's processes: phases are marked -------------------------------------------------------------
+
+numbers = itertools.count()
+
+
+@contextmanager
+def marked(marks: Path, phase: str) -> Iterator[None]:
+    """Two lines in a file: when a phase begins and when it ends."""
+    number = next(numbers)
+
+    def write(what: str) -> None:
+        with marks.open("a") as file:
+            file.write(f"{time.monotonic()}\t{os.getpid()}\t{number}\t{what}\t{phase}\n")
+
+    write("begins")
+    try:
+        yield
+    finally:
+        write("ends")
+
+
+def run_marked(marks: Path, arguments: list[str], ranks: int = 0) -> None:
+    """grpo_scratch's main with these arguments, which marks the first rank's phases, and all ranks' ids; with
+    two `ranks`, torchrun's main, which starts this again for each. Where `ranks` are given, output is logged."""
+    if ranks:
+        log = os.open(marks.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    if ranks == 2:
+        torch.distributed.run.main(["--standalone", "--nproc-per-node=2", __file__, "--marked", str(marks), *arguments])
+        return
+
+    def wrap(owner, name: str, phase_of, hold: float = 0) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*given, **named):
+            phase = phase_of(*given, **named)
+            with marked(marks, phase) if phase else nullcontext():
+                if phase:
+                    time.sleep(hold)
+                return real(*given, **named)
+
+        setattr(owner, name, wrapped)
+
+    def better_and_better(run, evaluate=g.evaluate) -> dict:
+        found = evaluate(run)
+        found["accuracy"] = run.evaluations[-1]["accuracy"] = run.step / 1e6
+        return found
+
+    def is_between(path: Path, to: Path) -> bool:
+        return path.name == ".partial" and to.with_name(f".{to.name}.old").exists() and not to.exists()
+
+    g.evaluate = better_and_better  # so that each writes best/
+    if data.first_rank():
+        wrap(g, "open_run", lambda *_: "opening a checkpoint")
+        wrap(Path, "replace", lambda path, _: "going back to it" if path.suffix == ".partial" else "", HOLD)
+        wrap(g, "grpo_step", lambda _: "step")
+        wrap(g, "rollout", lambda *_, first_group=0, **__: "refill" if first_group else "")
+        wrap(g, "update", lambda *_: "update")
+        wrap(g, "evaluate", lambda _: "evaluation")
+        wrap(data, "save_folder", lambda _, folder, *__, **___: "checkpoint" if "-" in folder.name
+             else f"{folder.name}/")
+        wrap(Path, "rename", lambda path, to: f"between the renames of {Path(to).name}/"
+             if is_between(path, Path(to)) else "", HOLD)
+    sys.argv[1:] = arguments
+    with marked(marks, f"rank {os.environ.get('RANK', '0')}"):
+        g.main()
+
+
+def spans(marks: Path) -> list[tuple[str, float, float, int]]:
+    """(phase, begun, ended or infinity, process id) of all that is marked, in the order in which it began."""
+    found = {}
+    for line in marks.read_text().splitlines():
+        when, process, number, what, phase = line.split("\t")
+        begun = found[process, number][1] if what == "ends" else float(when)
+        found[process, number] = (phase, begun, float(when) if what == "ends" else math.inf, int(process))
+    return list(found.values())
+
+
+@contextmanager
+def reference_server(folder: Path) -> Iterator:
+    """The tests' stand-in for a server, which serves this model by transformers, and marks its requests."""
+    from test_memory import ReferenceHandler, serving  # here, as the run's processes need no test's imports
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    class Handler(ReferenceHandler):
+        vocabulary = model.config.vocab_size
+
+        def do_POST(self):
+            with marked(self.server.marks, "reference server answers"), suppress(ConnectionError):
+                super().do_POST()
+
+        @torch.no_grad()
+        def token_logprobs(self, ids):
+            logprobs = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+            return [(float(row[i]), tokenizer.decode([i])) for row, i in zip(logprobs, ids[1:])]
+
+    with serving(Handler, context=1024) as server:
+        server.seconds, server.handle_error = HOLD, lambda *_: None  # of clients that were killed
+        yield server
+
+
+# ---- Kills -------------------------------------------------------------------------------------------------
+
+
+def what_is_broken(run: Path) -> str:
+    """What is not whole in a run's folder: models, their tokenizers, states, lines; nothing: empty."""
+    for folder in [*run.glob("*checkpoint-*"), *run.glob("*best*"), *run.glob("final"), *run.glob(".best.old")]:
+        if (folder.name == ".best.old" and (run / "best").exists()) or folder.name == ".checkpoint.old":
+            continue  # about to be deleted
+        try:
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(folder)
+            if "checkpoint-" in folder.name:
+                assert f"checkpoint-{data.load_state(folder)['step']}" in folder.name
+            if "best" in folder.name:
+                assert json.loads((folder / data.EVALUATION).read_text())["accuracy"] >= 0
+        except Exception as error:  # noqa: BLE001  whatever it is, it is not whole
+            return f"{folder.name}: {type(error).__name__}: {error}"
+    if not [*run.glob("best"), *run.glob("left-best*"), *run.glob(".best.old")]:
+        return "no best/"
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        for line in (run / name).read_text().splitlines()[:-1]:
+            json.loads(line)
+    return ""
+
+
+def newest_step(run: Path) -> int:
+    return max([int(data.step_of(checkpoint)) for checkpoint in data.checkpoints(run)], default=0)
+
+
+def steps_done(run: Path) -> list[int]:
+    """The steps in metrics.jsonl, but for half a line at its end."""
+    return [int(x) for x in re.findall(r'^{"step": (\d+),.*}$', (run / "metrics.jsonl").read_text(), re.MULTILINE)]
+
+
+def ranks_of(marks: Path) -> list[int]:
+    """Their process ids."""
+    return [process for phase, _, _, process in spans(marks) if phase.startswith("rank ")]
+
+
+def kill_all(processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def resumed(arguments: list[str], marks: Path, ranks: int) -> multiprocessing.Process:
+    """A run in a process of its own, which is forked from one that has done the imports."""
+    marks.touch()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["grpo_scratch"])
+    process = context.Process(target=run_marked, args=(marks, arguments, ranks), daemon=True)
+    process.start()
+    return process
+
+
+def kill_in(phase: str, who: str, process: multiprocessing.Process, marks: Path, rng: random.Random) -> bool:
+    """Kill a run while a phase is under way; whether it was. Raises RuntimeError when the phase never comes."""
+    most = 1 if phase in (*AT_START, "final/") else 2 if phase == "checkpoint" else 3
+    begun, wanted, ends = [], rng.randint(1, most) if who else 2, time.monotonic() + 150
+    while len(begun) < wanted:
+        if not process.is_alive() or time.monotonic() > ends:
+            raise RuntimeError(f"{phase} never came: {marks.with_suffix('.log').read_text()[-2000:]}")
+        time.sleep(0.01)
+        begun = [x for x in spans(marks) if x[0] == phase]
+    lengths = [ended - begin for _, begin, ended, _ in begun if ended < math.inf]
+    time.sleep(rng.uniform(0, min(lengths, default=HOLD / 2)))
+    ranks = ranks_of(marks)
+    kill_all([rng.choice(ranks)] if who == TWO_RANKS[0] else [process.pid, *ranks])
+    killed = time.monotonic()
+    process.join(150)  # torchrun ends the other rank
+    if process.is_alive():
+        raise RuntimeError("torchrun doesn't end")
+    return any(x[0] == phase and x[1] < killed < x[2] for x in spans(marks))
+
+
+def kills(count: int, folder: Path) -> dict[str, list[int]]:
+    """Of each phase: kills, those observed in the phase, survived ones; `count` observed ones in all."""
+    rng, run, in_turn = random.Random(0), folder / "killed", itertools.cycle(IN_STEPS)
+    rows = itertools.cycle([*ONE_RANK, *TWO_RANKS])
+    todo = [(row, next(in_turn) if row in TWO_RANKS else row) for row in itertools.islice(rows, count)]
+    rng.shuffle(todo)
+    tally = {row: [0, 0, 0] for row, _ in todo}
+    start([*SMALL, "--cold-start-steps", "60", "--steps", "0", "--output-dir", str(folder), "--name", "cold"]
+          ).communicate()
+    with reference_server(folder / "cold" / "final") as server:
+        arguments = [*KILLED_RUN, "--model", str(folder / "cold" / "final"), "--reference-url", server.url,
+                     "--output-dir", str(folder), "--steps"]
+        unproved: list[str] = []  # rows of kills after which no step has been done yet
+        for number in itertools.count():
+            marks, before = folder / f"marks-{number}", newest_step(run)
+            server.marks = marks
+            # The first process only starts the run, the last one only ends it.
+            row, phase = ("", "checkpoint") if number == 0 else todo[-1] if todo else ("", "")
+            last = before + SAVE_EVERY if phase in ("final/", "") else 100_000
+            process = resumed([*arguments, str(last)], marks, 2 if row in TWO_RANKS else 1)
+            try:
+                observed = phase and kill_in(phase, row, process, marks, rng)
+                process.join(150)
+                problem = what_is_broken(run) or (not phase and process.exitcode and "it did not end well")
+                if any(x[0] == "step" and x[2] < math.inf for x in spans(marks)):  # it has gone on
+                    told = marks.with_suffix(".log").read_text()
+                    if before and f"resumed after step {before} " not in told:
+                        problem = problem or f"not from checkpoint-{before}: {told}"
+                    if (done := steps_done(run)) != list(range(1, len(done) + 1)):
+                        problem = problem or f"steps {done}"
+                    for proved in unproved:
+                        tally[proved][2] += 1
+                    unproved.clear()
+                lost = max(steps_done(run), default=0) - newest_step(run)
+                if lost > SAVE_EVERY or newest_step(run) < before:
+                    problem = problem or f"{lost} steps lost, checkpoint-{newest_step(run)} after {before}"
+            except RuntimeError as error:
+                problem = str(error)
+            finally:
+                if process.is_alive():
+                    kill_all([process.pid, *ranks_of(marks)])
+            if problem:
+                print(f"kill {number} ({row}, {phase}): {problem}", flush=True)
+                return tally
+            if not phase:
+                return tally
+            if row:
+                print(f"{row}, {phase}: {'observed' if observed else 'too late'}", file=sys.stderr, flush=True)
+                tally[row][0] += 1
+                tally[row][1] += observed
+                unproved.append(row)
+                if observed:
+                    todo.pop()
+
+
+# ---- Other faults ------------------------------------------------------------------------------------------
 
 
 def start(arguments: list[str], small_disk: bool = False, ordinary_user: bool = False) -> subprocess.Popen:
@@ -39,38 +306,6 @@ def until_step(process: subprocess.Popen) -> int | None:
         if line.startswith("step ") and "/" in line.split()[1]:
             return int(line.split()[1].split("/")[0])
     return None
-
-
-def kills(count: int, folder: Path) -> tuple[int, str]:
-    """How many of `count` kills were survived: every other one while a run starts and resumes, the rest at
-    random moments of training and saving."""
-    rng, survived, steps_done, problem = random.Random(0), 0, 0, ""
-    process = start([*NEW_RUN, "--output-dir", str(folder), "--name", "killed"])
-    for i in range(count):
-        if i % 2:
-            time.sleep(rng.uniform(0, 7))
-        else:
-            first = until_step(process)
-            if first is None:
-                problem = f"did not start again: {process.communicate()[0]}"
-                break
-            if steps_done and first < steps_done - SAVE_EVERY + 1:
-                problem = f"went on at step {first} after {steps_done} were done"
-                break
-            while not list((folder / "killed").glob("checkpoint-*")):
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        whole = [line for line in (folder / "killed" / "metrics.jsonl").read_text().splitlines()
-                 if line.endswith("}")]
-        steps_done = json.loads(whole[-1])["step"]
-        survived += 1
-        process = start(["--resume", "latest", "--name", "killed", "--output-dir", str(folder)])
-    last = until_step(process) is not None
-    process.kill()
-    process.communicate()
-    return survived - (not last), problem or f"{steps_done} steps done in the end"
 
 
 def signalled(number: int, code: int, folder: Path) -> tuple[int, str]:
@@ -110,18 +345,26 @@ def no_permission(folder: Path) -> tuple[int, str]:
 
 
 def main() -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}  # of the runs
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--marked"]:
+        run_marked(Path(sys.argv[2]), sys.argv[3:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     count = parser.parse_args().kills
-    print(f"{'fault':<34}{'tried':>6}{'survived':>10}  what was seen", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        tally = kills(count, folder)
+        print(f"{'kill -9 during':<34}{'kills':>6}{'observed':>10}{'survived':>10}")
+        for row, numbers in [*tally.items(), ("in all", map(sum, zip(*tally.values())))]:
+            print(f"{row:<34}{{:>6}}{{:>10}}{{:>10}}".format(*numbers), flush=True)
+        print(f"\n{'fault':<34}{'tried':>6}{'survived':>10}  what was seen", flush=True)
         for fault, tried, attempt in (
             ("Ctrl-C (SIGINT)", 1, lambda: signalled(signal.SIGINT, 130, folder)),
             ("SIGTERM", 1, lambda: signalled(signal.SIGTERM, 143, folder)),
             ("disk full (file size limit)", 1, lambda: full_disk(folder)),
             ("no permission to write", 2, lambda: no_permission(folder)),
-            ("kill -9 at a random moment", count, lambda: kills(count, folder)),
         ):
             survived, seen = attempt()
             print(f"{fault:<34}{tried:>6}{survived:>10}  {seen}", flush=True)
