@@ -1,19 +1,18 @@
-"""Faults tried on real runs of the tiny recipe: kill -9 in named phases, signals, a full disk, closed folders.
+"""Faults tried on real runs of the tiny recipe: kill -9 in named phases, signals, full disk, closed folders.
 
-    OMP_NUM_THREADS=1 .venv/bin/python tests/bench_faults.py --kills 50      # half an hour on two cores
+    OMP_NUM_THREADS=1 .venv/bin/python tests/bench_faults.py --kills 50      # 25 minutes on two busy cores
 
-One run, with everything on (refills, evaluations that each find a better model, checkpoints, a reference on a
-server), is killed again and again and resumed with `--resume latest`, on one rank or on two.
+One run with everything on (refills, evaluations that each find a better model, checkpoints, a reference on a
+server) is killed again and again, and resumed with `--resume latest`, on one rank or on two. Survived means:
+what the kill left is whole (`check_whole`), and the run has gone on from its newest checkpoint, having lost
+no more than the steps since the last save.
 
-A phase is observed from outside. Each process of the run is this file, which wraps the phases' functions and
-calls main: a line with the time goes into a file when a phase begins, another when it ends. The reference's
-server, in the bench's own process, does the same for each request. The bench waits until a phase has begun,
-lets a random part of its usual length go by, kills, and reads the lines again: only a kill before which the
-phase had begun and not ended counts as observed. One that came too late is repeated in the phase. Where two
-renames lie too close together to hit, the wrapper holds the process there for HOLD seconds.
-
-Survived means: what the kill left is whole (`what_is_broken`), and the run has gone on from its newest
-checkpoint, having lost no more than the steps since the last save.
+Phases are observed from outside: each process of the run is this file, which wraps the phases' functions and
+calls main. A line with the time goes into a file when a phase begins, another when it ends; the reference's
+server, in the bench's own process, does so for each request. The bench waits until a phase has begun, lets a
+random part of its usual length go by, kills, and reads the lines again: observed is a kill before which the
+phase had begun and not ended. One that came too late is made again. The moments between two renames, and
+before a resumed run's files are replaced, are too short to hit: there the wrapper waits for HOLD seconds.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -42,11 +40,13 @@ import data
 import grpo_scratch as g
 
 SCRIPT, SAVE_EVERY, HOLD = Path(g.__file__), 2, 0.1
-SMALL = ["--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--prompts-per-step", "4", "--group-size", "4"]
-NEW_RUN = [*SMALL, "--cold-start-steps", "0", "--steps", "100000", "--eval-examples", "4", "--eval-every", "0",
-           "--save-every", str(SAVE_EVERY)]
-KILLED_RUN = [*SMALL, "--cold-start-steps", "0", "--refill-rounds", "2", "--beta", "0.01", "--eval-examples", "16",
-              "--eval-every", "1", "--save-every", str(SAVE_EVERY), "--resume", "latest", "--name", "killed"]
+SMALL = ["--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--prompts-per-step", "4",
+         "--group-size", "4"]
+NEW_RUN = [*SMALL, "--cold-start-steps", "0", "--steps", "100000", "--eval-examples", "4",
+           "--eval-every", "0", "--save-every", str(SAVE_EVERY)]
+KILLED_RUN = [*SMALL, "--cold-start-steps", "0", "--refill-rounds", "2", "--beta", "0.01",
+              "--eval-examples", "16", "--eval-every", "1", "--save-every", str(SAVE_EVERY),
+              "--resume", "latest", "--name", "killed"]
 
 AT_START = ["opening a checkpoint", "going back to it"]
 IN_STEPS = ["refill", "update", "evaluation", "checkpoint", "best/", "reference server answers"]
@@ -76,14 +76,15 @@ def marked(marks: Path, phase: str) -> Iterator[None]:
 
 
 def run_marked(marks: Path, arguments: list[str], ranks: int = 0) -> None:
-    """grpo_scratch's main with these arguments, which marks the first rank's phases, and all ranks' ids; with
-    two `ranks`, torchrun's main, which starts this again for each. Where `ranks` are given, output is logged."""
+    """grpo_scratch's main with these arguments, marking the first rank's phases and all ranks' processes;
+    with two `ranks` torchrun's main, which starts this file for each. With `ranks`, output is logged."""
     if ranks:
-        log = os.open(marks.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        with marks.with_suffix(".log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
     if ranks == 2:
-        torch.distributed.run.main(["--standalone", "--nproc-per-node=2", __file__, "--marked", str(marks), *arguments])
+        torch.distributed.run.main(["--standalone", "--nproc-per-node=2", __file__, "--marked", str(marks),
+                                    *arguments])
         return
 
     def wrap(owner, name: str, phase_of, hold: float = 0) -> None:
@@ -136,12 +137,12 @@ def spans(marks: Path) -> list[tuple[str, float, float, int]]:
 @contextmanager
 def reference_server(folder: Path) -> Iterator:
     """The tests' stand-in for a server, which serves this model by transformers, and marks its requests."""
-    from test_memory import ReferenceHandler, serving  # here, as the run's processes need no test's imports
+    import test_memory  # here, as the run's processes need nothing of it
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
-    class Handler(ReferenceHandler):
+    class Handler(test_memory.ReferenceHandler):
         vocabulary = model.config.vocab_size
 
         def do_POST(self):
@@ -153,7 +154,7 @@ def reference_server(folder: Path) -> Iterator:
             logprobs = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
             return [(float(row[i]), tokenizer.decode([i])) for row, i in zip(logprobs, ids[1:])]
 
-    with serving(Handler, context=1024) as server:
+    with test_memory.serving(Handler, context=1024) as server:
         server.seconds, server.handle_error = HOLD, lambda *_: None  # of clients that were killed
         yield server
 
@@ -161,35 +162,26 @@ def reference_server(folder: Path) -> Iterator:
 # ---- Kills -------------------------------------------------------------------------------------------------
 
 
-def what_is_broken(run: Path) -> str:
-    """What is not whole in a run's folder: models, their tokenizers, states, lines; nothing: empty."""
-    for folder in [*run.glob("*checkpoint-*"), *run.glob("*best*"), *run.glob("final"), *run.glob(".best.old")]:
-        if (folder.name == ".best.old" and (run / "best").exists()) or folder.name == ".checkpoint.old":
+def check_whole(run: Path) -> None:
+    """Raises what is wrong with what a kill left: models, tokenizers, states, lines, too many steps lost."""
+    assert any(run.glob("*best*")), "no best/"
+    for folder in [*run.glob("*checkpoint-*"), *run.glob("*best*"), *run.glob("final")]:
+        if folder.name == ".best.old" and (run / "best").exists():
             continue  # about to be deleted
-        try:
-            transformers.AutoModelForCausalLM.from_pretrained(folder)
-            transformers.AutoTokenizer.from_pretrained(folder)
-            if "checkpoint-" in folder.name:
-                assert f"checkpoint-{data.load_state(folder)['step']}" in folder.name
-            if "best" in folder.name:
-                assert json.loads((folder / data.EVALUATION).read_text())["accuracy"] >= 0
-        except Exception as error:  # noqa: BLE001  whatever it is, it is not whole
-            return f"{folder.name}: {type(error).__name__}: {error}"
-    if not [*run.glob("best"), *run.glob("left-best*"), *run.glob(".best.old")]:
-        return "no best/"
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        for line in (run / name).read_text().splitlines()[:-1]:
-            json.loads(line)
-    return ""
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(folder)
+        if "checkpoint-" in folder.name:
+            assert f"checkpoint-{data.load_state(folder)['step']}" in folder.name
+        elif "best" in folder.name:
+            assert json.loads((folder / data.EVALUATION).read_text())["accuracy"] >= 0
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        lines = (run / name).read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines if line.endswith("}") or line != lines[-1]]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) <= newest_step(run) + SAVE_EVERY, steps
 
 
 def newest_step(run: Path) -> int:
     return max([int(data.step_of(checkpoint)) for checkpoint in data.checkpoints(run)], default=0)
-
-
-def steps_done(run: Path) -> list[int]:
-    """The steps in metrics.jsonl, but for half a line at its end."""
-    return [int(x) for x in re.findall(r'^{"step": (\d+),.*}$', (run / "metrics.jsonl").read_text(), re.MULTILINE)]
 
 
 def ranks_of(marks: Path) -> list[int]:
@@ -214,7 +206,7 @@ def resumed(arguments: list[str], marks: Path, ranks: int) -> multiprocessing.Pr
 
 
 def kill_in(phase: str, who: str, process: multiprocessing.Process, marks: Path, rng: random.Random) -> bool:
-    """Kill a run while a phase is under way; whether it was. Raises RuntimeError when the phase never comes."""
+    """Kill a run in a phase, or torchrun's one or all ranks; returns whether the phase was under way."""
     most = 1 if phase in (*AT_START, "final/") else 2 if phase == "checkpoint" else 3
     begun, wanted, ends = [], rng.randint(1, most) if who else 2, time.monotonic() + 150
     while len(begun) < wanted:
@@ -238,8 +230,8 @@ def kills(count: int, folder: Path) -> dict[str, list[int]]:
     rng, run, in_turn = random.Random(0), folder / "killed", itertools.cycle(IN_STEPS)
     rows = itertools.cycle([*ONE_RANK, *TWO_RANKS])
     todo = [(row, next(in_turn) if row in TWO_RANKS else row) for row in itertools.islice(rows, count)]
-    rng.shuffle(todo)
     tally = {row: [0, 0, 0] for row, _ in todo}
+    rng.shuffle(todo)
     start([*SMALL, "--cold-start-steps", "60", "--steps", "0", "--output-dir", str(folder), "--name", "cold"]
           ).communicate()
     with reference_server(folder / "cold" / "final") as server:
@@ -256,31 +248,25 @@ def kills(count: int, folder: Path) -> dict[str, list[int]]:
             try:
                 observed = phase and kill_in(phase, row, process, marks, rng)
                 process.join(150)
-                problem = what_is_broken(run) or (not phase and process.exitcode and "it did not end well")
+                assert phase or process.exitcode == 0, "the run did not end"
+                check_whole(run)
+                assert before <= newest_step(run)
                 if any(x[0] == "step" and x[2] < math.inf for x in spans(marks)):  # it has gone on
                     told = marks.with_suffix(".log").read_text()
-                    if before and f"resumed after step {before} " not in told:
-                        problem = problem or f"not from checkpoint-{before}: {told}"
-                    if (done := steps_done(run)) != list(range(1, len(done) + 1)):
-                        problem = problem or f"steps {done}"
+                    assert not before or f"resumed after step {before} " in told, told
                     for proved in unproved:
                         tally[proved][2] += 1
                     unproved.clear()
-                lost = max(steps_done(run), default=0) - newest_step(run)
-                if lost > SAVE_EVERY or newest_step(run) < before:
-                    problem = problem or f"{lost} steps lost, checkpoint-{newest_step(run)} after {before}"
-            except RuntimeError as error:
-                problem = str(error)
+            except Exception as error:  # noqa: BLE001  whatever it is, the run has not survived
+                print(f"kill {number} ({row}, {phase}): {type(error).__name__}: {error}", flush=True)
+                phase = ""
             finally:
                 if process.is_alive():
                     kill_all([process.pid, *ranks_of(marks)])
-            if problem:
-                print(f"kill {number} ({row}, {phase}): {problem}", flush=True)
-                return tally
             if not phase:
                 return tally
             if row:
-                print(f"{row}, {phase}: {'observed' if observed else 'too late'}", file=sys.stderr, flush=True)
+                print(f"{row}: {phase} {'observed' if observed else 'over'}", file=sys.stderr, flush=True)
                 tally[row][0] += 1
                 tally[row][1] += observed
                 unproved.append(row)
@@ -300,12 +286,11 @@ def start(arguments: list[str], small_disk: bool = False, ordinary_user: bool = 
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def until_step(process: subprocess.Popen) -> int | None:
-    """Read the output up to the first step's line; that step, or None when the process ended before."""
+def until_step(process: subprocess.Popen) -> None:
+    """Read the output up to the first step's line."""
     for line in process.stdout:
         if line.startswith("step ") and "/" in line.split()[1]:
-            return int(line.split()[1].split("/")[0])
-    return None
+            return
 
 
 def signalled(number: int, code: int, folder: Path) -> tuple[int, str]:
