@@ -568,8 +568,11 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("best", "final"):
-        if (old := folder / f".{name}.old").exists() and not (folder / name).exists():
-            old.rename(folder / name)  # the run was killed between the two renames of save_folder
+        old = folder / f".{name}.old"
+        if (folder / name).exists():
+            shutil.rmtree(old, ignore_errors=True)  # perhaps half deleted, when the run was killed there
+        elif old.exists():
+            old.rename(folder / name)  # it was killed between the two renames of save_folder
     write_json(folder / "config.json", config)
     return go_back_to(folder, step)
 

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -1113,7 +1114,11 @@ def served_logprob(ids, i):
 class ReferenceHandler(http.server.BaseHTTPRequestHandler):
     """A stand-in that speaks as much of OpenAI's completions as vLLM's server does for a reference."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, vocabulary = "HTTP/1.1", 97
+
+    def token_logprobs(self, ids):
+        """(log-probability, text) of each token after the first."""
+        return [(served_logprob(ids, i), f"<{ids[i]}>") for i in range(1, len(ids))]
 
     def answer(self, code, body):
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
@@ -1141,27 +1146,33 @@ class ReferenceHandler(http.server.BaseHTTPRequestHandler):
         if self.server.troubles:
             return self.answer(self.server.troubles.pop(), {"error": "busy"})
         ids = body["prompt"]
-        if max(ids) >= 97:
+        if max(ids) >= self.vocabulary:
             return self.answer(400, {"error": {"message": "Token id 97 is out of vocabulary"}})
-        tokens = [{str(ids[i]): {"logprob": served_logprob(ids, i), "decoded_token": f"<{ids[i]}>"}}
-                  for i in range(1, len(ids))]
+        tokens = [{str(i): {"logprob": logprob, "decoded_token": text}}
+                  for i, (logprob, text) in zip(ids[1:], self.token_logprobs(ids))]
         self.answer(200, {"choices": [{"prompt_logprobs": [None, *tokens]}]})
 
     def log_message(self, *args):
         pass
 
 
-@pytest.fixture
-def reference_server(monkeypatch):
-    monkeypatch.delenv("GRPO_REFERENCE_TOKEN", raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ReferenceHandler) as server:
+@contextmanager
+def serving(handler=ReferenceHandler, context=64):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.requests, server.troubles, server.authorization, server.seconds = [], [], None, 0
-        server.models = {"data": [{"id": "frozen", "max_model_len": 64}]}
+        server.models = {"data": [{"id": "frozen", "max_model_len": context}]}
         server.lock, server.under_way, server.most_under_way = threading.Lock(), 0, 0
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def reference_server(monkeypatch):
+    monkeypatch.delenv("GRPO_REFERENCE_TOKEN", raising=False)
+    with serving() as server:
+        yield server
 
 
 PLAIN_TOKENIZER = SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids))
