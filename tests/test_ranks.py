@@ -484,6 +484,14 @@ def test_all_ranks_save_when_the_time_has_come_on_one(folder):
         assert [c.name for c in data.checkpoints(folder / f"improved-{ranks}")] == ["checkpoint-1"]
 
 
+def test_other_ranks_do_not_look_at_best_while_the_first_one_replaces_it(monkeypatch, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / data.EVALUATION).write_text('{"accuracy": 0.')
+    monkeypatch.setenv("RANK", "1")
+    evaluation = {"accuracy": 0.5, "step": 3}
+    assert data.save_best(None, tmp_path, evaluation) == evaluation
+
+
 def endless(folder, *flags):
     """The command line of a run that goes on until something ends it."""
     return ["--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--cold-start-steps", "0",
