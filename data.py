@@ -671,8 +671,8 @@ def save_final(policy: Policy, folder: Path) -> None:
 
 
 def best_evaluation(folder: Path) -> dict:
-    """The evaluation of the model in a run's `best/`, or one that any other beats; of several ranks the first one
-    looks, as the others might while it replaces that folder."""
+    """The evaluation of the model in a run's `best/`, or one that any other beats. Of several ranks the first
+    one looks: the others might do so while it replaces the folder."""
     path = folder / "best" / EVALUATION
     return json.loads(path.read_text()) if first_rank() and path.is_file() else {"accuracy": -1.0, "step": 0}
 

@@ -148,17 +148,14 @@ def paper() -> None:
             vocab_size=vocab, hidden_size=wide, intermediate_size=inner, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=key_heads, tie_word_embeddings=tied)
         for ranks in (1, 8, 32):
-            plan = None
-            for offload in (False, True):
-                with contextlib.suppress(memory.DoesNotFit):
-                    plan = plan or memory.plan(
-                        config, prompt_tokens=PROMPT_TOKENS, max_new_tokens=NEW_TOKENS, prompts=PROMPTS,
-                        group_size=GROUP, dtype=torch.bfloat16, memory_budget_bytes=80 * 10**9, reference=True,
-                        ranks=ranks, offload_optimizer=offload)
-            held, limits = sum(plan.held.values()), plan.limits
-            print(f"{name:>5} on {ranks:>2}: GB a GPU: {held / 1e9:.1f} held, {plan.rollout_peak_bytes / 1e9:.1f} "
-                  f"sampling, {plan.update_peak_bytes / 1e9:.1f} in the update of {limits.micro_batch_tokens} "
-                  f"tokens, {limits.recomputed_layers} layers again; on the host {sum(plan.host.values()) / 1e9:.1f}")
+            plan = memory.plan(
+                config, prompt_tokens=PROMPT_TOKENS, max_new_tokens=NEW_TOKENS, prompts=PROMPTS, group_size=GROUP,
+                dtype=torch.bfloat16, memory_budget_bytes=80 * 10**9, reference=True, ranks=ranks)
+            held, host, limits = sum(plan.held.values()), sum(plan.host.values()), plan.limits
+            print(f"{name:>5} on {ranks:>2}, GB a GPU: weights and optimizer {held / 1e9:.1f}, with gradients "
+                  f"{(held + 4 * plan.parameters) / 1e9:.1f}, update {plan.update_peak_bytes / 1e9:.1f} "
+                  f"({limits.micro_batch_tokens} tokens, {limits.recomputed_layers} layers again), rollout "
+                  f"{plan.rollout_peak_bytes / 1e9:.1f}; host {host / 1e9:.1f}")
         compute = 6 * plan.parameters * PROMPTS * GROUP * (PROMPT_TOKENS + NEW_TOKENS) / (PEAK * UTILISATION)
         moved = {link: BYTES * plan.parameters / (speed * 1e9) for link, speed in LINKS.items()}
         print(f"{name:>5}: compute {compute:.2f} s; exchange "
