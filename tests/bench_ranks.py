@@ -1,6 +1,6 @@
 """What several ranks cost: seconds a step, bytes that a rank sends, the share of the step that it waits.
 
-    .venv/bin/python tests/bench_ranks.py             # steps of recipe tiny on one rank and on two; a few minutes
+    .venv/bin/python tests/bench_ranks.py             # steps of recipe tiny on one rank and on two; minutes
     .venv/bin/python tests/bench_ranks.py --layers 4  # the exchange alone, of a larger random model in bf16
     .venv/bin/python tests/bench_ranks.py --whole     # the whole recipe on one rank and on two; ten minutes
     .venv/bin/python tests/bench_ranks.py --paper     # 8 and 32 GPUs, from these bytes and links' speeds
@@ -66,13 +66,13 @@ def report(what: str, sent: Counter, optimizer, seconds: list[float], waited: li
     rank, ranks = memory.my_rank()
     rows = memory.gather(lambda: [mine])
     if rank == 0:
-        print(f"\n{what}, {sum(params) / 1e6:.1f} M parameters, {ranks} ranks; medians of {len(seconds)} steps\n"
+        print(f"\n{what}, {sum(params) / 1e6:.1f} M parameters, {ranks} ranks; medians of {len(seconds)}\n"
               f"rank  seconds  waiting  state MB | MB sent: {'  '.join(WHAT.values())}")
         for i, (took, waiting, state, *of_kinds) in enumerate(rows):
             print(f"{i:>4}{took:>9.2f}{waiting:>9.0%}{state / 1e6:>10.2f} |        "
                   + "".join(f"{x / 1e6:>{len(kind) + 2}.3f}" for x, kind in zip(of_kinds, WHAT.values())))
         per = [sum(row[i] for row in rows) / ranks / sum(params) for i in (4, 5)]
-        print(f"mean of the ranks, bytes a parameter: gradients {per[0]:.2f}, weights {per[1]:.2f}", flush=True)
+        print(f"mean of ranks, bytes a parameter: gradients {per[0]:.2f}, weights {per[1]:.2f}", flush=True)
 
 
 def tiny_steps(steps: int) -> None:
@@ -102,8 +102,8 @@ def exchange(layers: int, steps: int) -> None:
     sent, seconds, waited = count_bytes(), [], []
     for _ in range(steps):
         lengths = [rng.randrange(200, 1024) for _ in range(256)[memory.my_slice(256)]]
-        # About what an Episode holds: ids, log-probabilities, entropies.
-        made = [([7] * n, [rng.random() for _ in range(n)], [rng.random() for _ in range(n)]) for n in lengths]
+        numbers = lambda n: [rng.random() for _ in range(n)]
+        made = [([7] * n, numbers(n), numbers(n)) for n in lengths]  # as an Episode's ids and statistics
         for p in params:
             p.grad = torch.full_like(p, 0.01, dtype=torch.float32)
         started, before = time.monotonic(), memory.waited_seconds
@@ -122,7 +122,7 @@ def whole() -> None:
         summary = g.train(g.make_config("tiny", device="cpu"))
     rank, ranks = memory.my_rank()
     if rank == 0:
-        print(f"{ranks} ranks: held-out {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} in "
+        print(f"{ranks} ranks: {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} in "
               f"{summary['seconds']:.0f} s; best {summary['best']}", flush=True)
 
 
@@ -134,8 +134,8 @@ QWEN = {  # hidden, intermediate, layers, heads, key heads, vocabulary, tied
 }
 # One way, GB/s: of each GPU of a machine, and of a machine on the network, which its 8 GPUs share.
 LINKS = {"NVSwitch": 450, "PCIe 4 x16": 25, "100 Gb/s": 11, "400 Gb/s": 45}
-# Of each parameter, a float32 gradient goes to the owner and a bf16 weight comes back. Two ranks measure 2.00 and
-# 1.00 bytes, as half of the parameters stay at home; of many, next to none do, and a link passes on all of them.
+# Of each parameter, a float32 gradient goes to the owner and a bf16 weight comes back. Two ranks measure 2.00
+# and 1.00 bytes, as half of them stay at home; of many, next to none do, and a link passes on all of them.
 BYTES = 4 + 2
 PEAK, UTILISATION = 989e12, 0.3  # FLOP/s of an H100 in dense bf16, and the share of it that training reaches
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 4, 8, 100, 700  # of each GPU: a step of simple-grpo
@@ -149,10 +149,11 @@ def paper() -> None:
             num_attention_heads=heads, num_key_value_heads=key_heads, tie_word_embeddings=tied)
         for ranks in (1, 8, 32):
             plan = memory.plan(
-                config, prompt_tokens=PROMPT_TOKENS, max_new_tokens=NEW_TOKENS, prompts=PROMPTS, group_size=GROUP,
-                dtype=torch.bfloat16, memory_budget_bytes=80 * 10**9, reference=True, ranks=ranks)
+                config, prompt_tokens=PROMPT_TOKENS, max_new_tokens=NEW_TOKENS, prompts=PROMPTS,
+                group_size=GROUP, dtype=torch.bfloat16, memory_budget_bytes=80 * 10**9, reference=True,
+                ranks=ranks)
             held, host, limits = sum(plan.held.values()), sum(plan.host.values()), plan.limits
-            print(f"{name:>5} on {ranks:>2}, GB a GPU: weights and optimizer {held / 1e9:.1f}, with gradients "
+            print(f"{name:>5} on {ranks:>2}, GB a GPU: weights, optimizer {held / 1e9:.1f}, with gradients "
                   f"{(held + 4 * plan.parameters) / 1e9:.1f}, update {plan.update_peak_bytes / 1e9:.1f} "
                   f"({limits.micro_batch_tokens} tokens, {limits.recomputed_layers} layers again), rollout "
                   f"{plan.rollout_peak_bytes / 1e9:.1f}; host {host / 1e9:.1f}")
@@ -176,8 +177,8 @@ if __name__ == "__main__":
         for ranks in asked.ranks:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             with tempfile.TemporaryDirectory() as folder:  # for the runs' folder
-                subprocess.run([sys.executable, *torchrun, Path(__file__).absolute(), *sys.argv[1:]], cwd=folder,
-                               check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                subprocess.run([sys.executable, *torchrun, Path(__file__).absolute(), *sys.argv[1:]],
+                               cwd=folder, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     elif asked.whole:
         whole()
     elif asked.layers:

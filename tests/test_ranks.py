@@ -1,7 +1,7 @@
 """Several ranks: three and two processes on CPUs train what one process trains, parts and whole runs.
 
-Ranks are forked from a server that has imported everything once, and what they did is read from their files; one
-test starts torchrun itself.
+Ranks are forked from a server that has imported everything once, and what they did is read from their files;
+one test starts torchrun itself.
 Gradients of `EXACT` are multiples of 2^-12, whose sums are exact in any order: there every bit must agree.
 """
 
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import chain
 from pathlib import Path
@@ -174,10 +175,10 @@ server = multiprocessing.get_context("forkserver")
 
 
 def as_rank(what, rank, ranks, folder):
-    """What a forked process does: join the others, with what torchrun would tell it, and write down what it says."""
+    """What a forked process does: join the others, do it, and write down what it says."""
     sys.stdout = sys.stderr = (folder / f"said-by-{rank}-of-{ranks}").open("w")
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ["RANK"] = str(rank)  # as torchrun would
     dist.init_process_group("gloo", f"file://{folder}/join-{ranks}", rank=rank, world_size=ranks)
     what(folder)
     dist.destroy_process_group()
@@ -405,9 +406,9 @@ def run_of(folder, algorithm, ranks, **changes):
 
 
 def work_and_runs(folder):
-    """What each rank does: `work`; a step of each algorithm, ten of one, and one more from a checkpoint of three."""
+    """`work`; a step of each algorithm, ten of one, and one more from a checkpoint of three ranks."""
     ranks = memory.my_rank()[1]
-    slices, memory.OPTIMIZER_SLICE = memory.OPTIMIZER_SLICE, 2048  # several a parameter, the last one not full
+    slices, memory.OPTIMIZER_SLICE = memory.OPTIMIZER_SLICE, 2048  # several a parameter, the last not full
     work(folder)
     memory.OPTIMIZER_SLICE = slices  # whole runs would take ten times as long in such small ones
     for algorithm in ALGORITHMS:
@@ -520,7 +521,7 @@ def test_torchrun_starts_goes_on_after_a_rank_was_killed_and_a_stop_saves(tmp_pa
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          "--max-restarts=1", SCRIPT, *endless(tmp_path, "--save-every", "1", "--resume", "latest")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else restarted ranks look for those that are gone
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
@@ -533,13 +534,18 @@ def test_torchrun_starts_goes_on_after_a_rank_was_killed_and_a_stop_saves(tmp_pa
                 return line
         raise AssertionError("".join(told)[-3000:])
 
-    until("step 2/")
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-    resumed_after = int(until("resumed after step ").split()[3])
-    until(f"step {resumed_after + 1}/")
-    process.send_signal(signal.SIGTERM)
-    told += process.communicate(timeout=100)[0]
+    too_late = threading.Timer(200, process.terminate)
+    too_late.start()
+    try:
+        until("step 2/")
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+        resumed_after = int(until("resumed after step ").split()[3])
+        until(f"step {resumed_after + 1}/")
+    finally:
+        process.terminate()  # SIGTERM
+        too_late.cancel()
+        process.communicate(timeout=100)
     assert process.returncode != 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stopped_by"] == signal.SIGTERM and summary["steps"] > resumed_after >= 1
