@@ -685,9 +685,10 @@ def save_final(policy: Policy, folder: Path) -> None:
 
 
 def best_evaluation(folder: Path) -> dict:
-    """The evaluation of the model in a run's `best/`, or one that any other beats."""
+    """The evaluation of the model in a run's `best/`, or one that any other beats. Of several ranks the first
+    one looks: the others might do so while it replaces the folder."""
     path = folder / "best" / EVALUATION
-    return json.loads(path.read_text()) if path.is_file() else {"accuracy": -1.0, "step": 0}
+    return json.loads(path.read_text()) if first_rank() and path.is_file() else {"accuracy": -1.0, "step": 0}
 
 
 def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:

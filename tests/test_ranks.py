@@ -1,17 +1,21 @@
 """Several ranks: three and two processes on CPUs train what one process trains, parts and whole runs.
 
-torchrun starts this file as three workers, which join as three ranks and then, to save the imports, two of them
-as two ranks; what they did is read from their files.
+Ranks are forked from a server that has imported everything once, and what they did is read from their files;
+one test starts torchrun itself.
 Gradients of `EXACT` are multiples of 2^-12, whose sums are exact in any order: there every bit must agree.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -107,7 +111,7 @@ def same(x, y):
     return x.dtype == y.dtype and x.shape == y.shape and bool((x.view(-1) == y.view(-1)).all())
 
 
-# --- what torchrun starts ----------------------------------------------------------------------------------
+# --- what the ranks do ------------------------------------------------------------------------------------
 
 
 class Awkward(Exception):
@@ -134,7 +138,6 @@ def gather_with(error):
 def work(folder: Path) -> None:
     """What a rank does and writes down; two ranks also go on from where three have saved."""
     rank, ranks = memory.my_rank()
-    memory.OPTIMIZER_SLICE = 2048  # several slices, the last one not full
     done = {}
     for kind in (EXACT, ROUGH, OFFLOADED, FLOAT32):
         params = parameters(start_weights(kind))
@@ -168,17 +171,43 @@ def work(folder: Path) -> None:
 # --- the tests ---------------------------------------------------------------------------------------------
 
 
+server = multiprocessing.get_context("forkserver")
+
+
+def as_rank(what, rank, ranks, folder):
+    """What a forked process does: join the others, do it, and write down what it says."""
+    sys.stdout = sys.stderr = (folder / f"said-by-{rank}-of-{ranks}").open("w")
+    torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)  # as torchrun would
+    dist.init_process_group("gloo", f"file://{folder}/join-{ranks}", rank=rank, world_size=ranks)
+    what(folder)
+    dist.destroy_process_group()
+
+
+def together(what, ranks, folder):
+    """Have so many ranks do what(folder); returns their exit codes and, in one piece, what they said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server needs it, once
+        server.set_forkserver_preload([__name__, "matplotlib.figure"])
+        processes = [server.Process(target=as_rank, args=(what, r, ranks, folder)) for r in range(ranks)]
+        for process in processes:
+            process.start()
+    deadline = time.monotonic() + 200
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()  # unless it has ended
+        process.join()
+    said = "".join(path.read_text() for path in sorted(folder.glob(f"said-by-*-of-{ranks}")))
+    return [process.exitcode for process in processes], said
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the workers wrote what they did."""
+    """Where three ranks and then two wrote what they did."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(memory.__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, check=False, capture_output=True, text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for ranks in (3, 2):
+        codes, said = together(work_and_runs, ranks, folder)
+        assert codes == [0] * ranks, said[-3000:]
     return folder
 
 
@@ -376,11 +405,20 @@ def run_of(folder, algorithm, ranks, **changes):
     return g.make_config(algorithm, **settings)
 
 
-def whole_runs(folder, ranks):
-    """What each rank does: a step of each algorithm, ten of one, and one more from a checkpoint of three."""
-    length_reward(folder)
+def work_and_runs(folder):
+    """`work`; a step of each algorithm, ten of one, and one more from a checkpoint of three ranks."""
+    ranks = memory.my_rank()[1]
+    slices, memory.OPTIMIZER_SLICE = memory.OPTIMIZER_SLICE, 2048  # several a parameter, the last not full
+    work(folder)
+    memory.OPTIMIZER_SLICE = slices  # whole runs would take ten times as long in such small ones
     for algorithm in ALGORITHMS:
-        g.train(run_of(folder, algorithm, ranks))
+        with pytest.MonkeyPatch.context() as patch:
+            changes = {}
+            if algorithm == "improved":  # saved by time, which has come on the last rank only
+                changes = {"save_every": 0, "save_minutes": 1e4}
+                fast = SimpleNamespace(strftime=time.strftime, monotonic=lambda: 1e9 * time.monotonic())
+                patch.setattr(g, "time", fast if memory.my_rank()[0] == ranks - 1 else time)
+            g.train(run_of(folder, algorithm, ranks, **changes))
     if ranks == 3:
         run = g.open_run(run_of(folder, "tiny", "ten"))
         g.start(run)
@@ -422,6 +460,7 @@ def test_the_first_step_of_two_and_three_ranks_is_that_of_one(folder, algorithm)
                    for run in (one, several)]
         assert samples[0] == samples[1] and len(samples[0]) == 8
         assert alike(metrics_of(folder, one.name)[0], metrics_of(folder, several.name)[0])
+        assert data.best_evaluation(one) == data.best_evaluation(several)
         before, after = weights_in(one / "checkpoint-1"), weights_in(several / "checkpoint-1")
         apart = torch.cat([(before[k] - after[k]).abs().flatten() for k in before])
         # Adam's first step makes a whole step of gradients near zero, whatever their sign.
@@ -441,23 +480,29 @@ def test_what_three_ranks_saved_goes_on_with_one_as_with_two(folder):
     assert alike(with_two[1], metrics_of(folder, "tiny-3")[1])
 
 
-def start_two(folder, *flags):
-    """torchrun's two ranks of an endless run."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT,
-               "--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--cold-start-steps", "0",
-               "--steps", "9999", "--prompts-per-step", "4", "--group-size", "4", "--eval-examples", "4",
-               "--save-every", "1", "--output-dir", folder, "--name", "run", *flags]
-    return subprocess.Popen(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def test_all_ranks_save_when_the_time_has_come_on_one(folder):
+    for ranks in (2, 3):
+        assert [c.name for c in data.checkpoints(folder / f"improved-{ranks}")] == ["checkpoint-1"]
 
 
-def until_step(process, step):
-    told = []
-    for line in process.stdout:
-        told.append(line)
-        if line.startswith(f"step {step}/"):
-            return "".join(told)
-    raise AssertionError("".join(told)[-3000:])
+def test_other_ranks_do_not_look_at_best_while_the_first_one_replaces_it(monkeypatch, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / data.EVALUATION).write_text('{"accuracy": 0.')
+    monkeypatch.setenv("RANK", "1")
+    evaluation = {"accuracy": 0.5, "step": 3}
+    assert data.save_best(None, tmp_path, evaluation) == evaluation
+
+
+def endless(folder, *flags):
+    """The command line of a run that goes on until something ends it."""
+    return ["--recipe", "tiny", "--device", "cpu", "--memory-budget-gib", "1", "--cold-start-steps", "0",
+            "--steps", "9999", "--prompts-per-step", "4", "--group-size", "4", "--eval-examples", "4",
+            "--output-dir", str(folder), "--name", "run", *flags]
+
+
+def run_with_a_late_error(folder):
+    sys.argv[1:] = endless(folder, "--reward", f"{folder}/own.py:late", "--save-every", "0")
+    g.main()
 
 
 def test_a_reward_that_raises_on_one_rank_ends_all_with_its_message_once_and_the_steps_saved(tmp_path):
@@ -465,32 +510,47 @@ def test_a_reward_that_raises_on_one_rank_ends_all_with_its_message_once_and_the
         "import os\ncalls = []\ndef late(completion, example):\n    calls.append(1)\n"
         "    if os.environ['RANK'] == '1' and len(calls) > 22:\n        raise KeyError('of rank 1')\n"
         "    return len(completion) % 7 / 6\n")
-    process = start_two(tmp_path, "--reward", f"{tmp_path}/own.py:late", "--save-every", "0")
-    told = process.communicate(timeout=100)[0]
-    assert process.returncode != 0
-    assert told.count("error: reward 'own.late' raised KeyError: 'of rank 1'") == 1
+    codes, said = together(run_with_a_late_error, 2, tmp_path)
+    assert codes == [2, 2]
+    assert said.count("error: reward 'own.late' raised KeyError: 'of rank 1'") == 1
     saved = data.checkpoints(tmp_path / "run")  # 2 of 4 held-out answers, then 8 a step
     assert [data.step_of(path) for path in saved] == ["2"]
 
 
-@pytest.mark.parametrize("fault", ["kill -9", "SIGTERM"])
-def test_a_rank_that_is_killed_or_a_stop_leaves_a_whole_checkpoint(tmp_path, fault):
-    process = start_two(tmp_path)
-    until_step(process, 2)
-    if fault == "kill -9":
+def test_torchrun_starts_goes_on_after_a_rank_was_killed_and_a_stop_saves(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "--max-restarts=1", SCRIPT, *endless(tmp_path, "--save-every", "1", "--resume", "latest")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90",
+             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else restarted ranks look for those that are gone
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    told = []
+
+    def until(words):
+        for line in process.stdout:
+            told.append(line)
+            if line.startswith(words):
+                return line
+        raise AssertionError("".join(told)[-3000:])
+
+    too_late = threading.Timer(200, process.terminate)
+    too_late.start()
+    try:
+        until("step 2/")
         ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
         os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-    else:
-        process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=100)[0]
-    assert process.returncode != 0, told
-    if fault == "SIGTERM":
-        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-        assert summary["stopped_by"] == signal.SIGTERM
-        assert data.step_of(data.checkpoints(tmp_path / "run")[-1]) == str(summary["steps"])
-    step = int(data.step_of(data.checkpoints(tmp_path / "run")[-1]))
-    again = g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--steps", str(step + 1)]))
-    assert again["steps"] == step + 1
+        resumed_after = int(until("resumed after step ").split()[3])
+        until(f"step {resumed_after + 1}/")
+    finally:
+        process.terminate()  # SIGTERM
+        too_late.cancel()
+        process.communicate(timeout=100)
+    assert process.returncode != 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped_by"] == signal.SIGTERM and summary["steps"] > resumed_after >= 1
+    assert data.step_of(data.checkpoints(tmp_path / "run")[-1]) == str(summary["steps"])
+    assert [m["step"] for m in metrics_of(tmp_path, "run")] == list(range(1, summary["steps"] + 1))
 
 
 def test_more_ranks_than_prompts_and_ranks_that_differ_are_refused(monkeypatch, tmp_path):
@@ -502,25 +562,3 @@ def test_more_ranks_than_prompts_and_ranks_that_differ_are_refused(monkeypatch, 
     monkeypatch.setattr(memory, "gather", lambda attempt: [*attempt(), {"seed": 1}])
     with pytest.raises(data.InputError, match="different settings"):
         g.open_run(config)
-
-
-def test_a_named_run_that_has_no_checkpoint_yet_starts(tmp_path):
-    flags = ["--recipe", "tiny", "--device", "cpu", "--resume", "latest", "--name", "new", "--output-dir",
-             str(tmp_path), "--steps", "1", "--cold-start-steps", "0", "--prompts-per-step", "2",
-             "--eval-examples", "2", "--save-every", "1"]
-    assert g.train(g.parse_command_line(flags))["steps"] == 1
-    flags[flags.index("--steps") + 1] = "2"
-    assert g.train(g.parse_command_line(flags))["steps"] == 2
-    assert [m["step"] for m in metrics_of(tmp_path, "new")] == [1, 2]
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for ranks in (3, 2):
-        rank = int(os.environ["RANK"])
-        if rank < ranks:
-            how = {"init_method": f"file://{folder}/two", "rank": rank, "world_size": 2} if ranks == 2 else {}
-            dist.init_process_group("gloo", **how)
-            work(folder)
-            whole_runs(folder, ranks)
-            dist.destroy_process_group()
