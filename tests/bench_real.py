@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench_recipes import algorithms, draw
+
 import grpo_scratch as g
 import memory
-from bench_recipes import algorithms, draw
 
 
 def round_weights() -> None:
