@@ -55,14 +55,8 @@ def large_model(folder: Path | None, dtype: torch.dtype):
     if folder:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
     config = transformers.Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None,
     )
     with torch.device(DEVICE):
@@ -101,16 +95,8 @@ def with_generate(model, prompts, group_size, limit, stops, lengths=None) -> lis
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
     ends = torch.tensor(lengths or [limit] * len(prompts) * group_size, device=DEVICE)
     out = model.generate(
-        ids,
-        attention_mask=mask,
-        num_return_sequences=group_size,
-        max_new_tokens=limit,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=stops,
-        pad_token_id=0,
+        ids, attention_mask=mask, num_return_sequences=group_size, max_new_tokens=limit, do_sample=True,
+        temperature=1.0, top_k=0, top_p=1.0, eos_token_id=stops, pad_token_id=0,
         stopping_criteria=[lambda ids, scores, **_: ids.shape[1] - longest >= ends],
     )[:, longest:]
     ended = torch.isin(out, torch.tensor(stops, device=DEVICE))
