@@ -1,17 +1,21 @@
-"""`sample` against transformers' `model.generate`, and refilled rows against waves. Run by hand.
+"""`sample` against transformers' `model.generate` or vLLM, and refilled rows against waves. Run by hand.
 
-    python tests/bench_sampler.py                   all three parts, about three minutes on two cores
+    python tests/bench_sampler.py                   all three parts
     python tests/bench_sampler.py --parts tiny      the embedded policy only (others: qwen, waves)
-    python tests/bench_sampler.py --dtype float32   the Qwen2.5-0.5B-sized model in float32
+    python tests/bench_sampler.py --parts qwen --model FOLDER --dtype float32      a real model
+    .venv-vllm/bin/python tests/bench_sampler.py --parts qwen --model FOLDER --sampler vllm
 
-tiny and qwen: both sides get the same prompts, group size, length limit and ids that end an answer, at
-temperature 1, in turns; the models' weights are random, so a share of the vocabulary is declared to end an
-answer to make lengths mixed. waves: `sample` with max_rows against calling it for max_rows answers at a time.
-Times are medians, gains medians of the pairs' ratios. `generate` records no log-probabilities or entropies,
-`sample` does. With CUDA there is one more column: the tokens/s that memory bandwidth and arithmetic allow.
+All sides get the same prompts and as many answers to each, at temperature 1, in turns. tiny: a share of the
+vocabulary ends an answer. qwen (Qwen2.5-0.5B's shape with random weights, or the model in FOLDER): 64
+answers of given lengths, all --new-tokens long, then long-tailed with that mean: exponential, to four times
+it; and which parts `sample` spends its time in. waves: `sample` with max_rows against calling it for max_rows
+answers at a time. Times are medians, gains medians of the pairs' ratios. `generate` records no
+log-probabilities, vLLM no entropies; vLLM's time has its new weights in it, as a run's has. With CUDA there is
+one more column: the tokens/s that memory bandwidth and arithmetic allow.
 """
 
 import argparse
+import math
 import platform
 import random
 import statistics
@@ -20,12 +24,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grpo_scratch import sample  # isort: skip (before torch: it sets how OpenMP's threads wait)
+import grpo_scratch  # isort: skip (before torch: it sets how OpenMP's threads wait)
 
 import torch
 import transformers
 
 import data
+from grpo_scratch import sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,17 +50,13 @@ def tiny_model():
     return data.tiny_policy(seed=0)[0].to(DEVICE).eval()
 
 
-def qwen_model(dtype: torch.dtype):
-    """Qwen2.5-0.5B's shape, random weights."""
+def large_model(folder: Path | None, dtype: torch.dtype):
+    """The folder's model, or one of Qwen2.5-0.5B's shape with random weights."""
+    if folder:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
     config = transformers.Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None,
     )
     with torch.device(DEVICE):
@@ -76,32 +77,65 @@ def some_stops(model, share: float) -> list[int]:
     return sorted(random.Random(1).sample(range(1, vocabulary), count))
 
 
-def with_sample(model, prompts, group_size, limit, stops) -> list[int]:
+def with_sample(model, prompts, group_size, limit, stops, lengths=None) -> list[int]:
+    uniform = None
+    if lengths:  # a random number of zero is the first token, which is one of the stops
+        uniform = torch.rand(len(lengths), limit, dtype=torch.float64)
+        uniform[range(len(lengths)), [n - 1 for n in lengths]] = 0
     answers = sample(
-        model, prompts, group_size=group_size, max_new_tokens=limit, eos_token_id=stops, pad_token_id=0
+        model, prompts, group_size=group_size, max_new_tokens=limit, eos_token_id=stops, pad_token_id=0,
+        uniform=uniform
     )
     return [len(answer.ids) for answer in answers]
 
 
-def with_generate(model, prompts, group_size, limit, stops) -> list[int]:
+def with_generate(model, prompts, group_size, limit, stops, lengths=None) -> list[int]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    ends = torch.tensor(lengths or [limit] * len(prompts) * group_size, device=DEVICE)
     out = model.generate(
-        ids,
-        attention_mask=mask,
-        num_return_sequences=group_size,
-        max_new_tokens=limit,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=stops,
-        pad_token_id=0,
+        ids, attention_mask=mask, num_return_sequences=group_size, max_new_tokens=limit, do_sample=True,
+        temperature=1.0, top_k=0, top_p=1.0, eos_token_id=stops, pad_token_id=0,
+        stopping_criteria=[lambda ids, scores, **_: ids.shape[1] - longest >= ends],
     )[:, longest:]
     ended = torch.isin(out, torch.tensor(stops, device=DEVICE))
     first = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
-    return first.tolist()
+    return torch.minimum(first, ends).tolist()
+
+
+def new_vllm(model, rows: int, longest: int):
+    """What `with_sample` is, by an engine that was made for this model."""
+    engine = grpo_scratch.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30, max_rows=rows)
+    new_parameters = engine.new_parameters
+
+    def with_vllm(model, prompts, group_size, limit, stops, lengths) -> list[int]:
+        ends = iter(lengths)
+        engine.new_parameters = lambda **given: new_parameters(**{**given, "max_tokens": next(ends)})
+        uniform = torch.rand(len(lengths), 1, dtype=torch.float64)
+        answers = engine(prompts, group_size=group_size, max_new_tokens=limit, uniform=uniform)
+        return [len(answer.ids) for answer in answers]
+
+    return with_vllm
+
+
+def print_parts(model, *settings) -> None:
+    """The share of `sample`'s seconds that each of its parts takes."""
+    spent = {}
+
+    def clocked(name, function):
+        def call(*arguments, **options):
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            spent[name] = spent.get(name, 0) + time.perf_counter() - started
+            return result
+        return call
+
+    choose, forward = grpo_scratch.choose_tokens, model.forward
+    grpo_scratch.choose_tokens, model.forward = clocked("choose_tokens", choose), clocked("the model", forward)
+    whole, _ = timed(with_sample, model, *settings)
+    grpo_scratch.choose_tokens, model.forward = choose, forward
+    print("       " + ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items()))
 
 
 def in_waves(model, prompts, rows, limit, stops) -> list[int]:
@@ -150,7 +184,7 @@ def bound(model, prompts, lengths: list[int], bandwidth: float, products: float)
     """Tokens/s if a step took just the reading of all weights and of each live row's keys and values, or the
     arithmetic with them, whichever takes longer."""
     config, size = model.config, model.dtype.itemsize
-    head = config.hidden_size // config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
     weights = max(lengths) * sum(p.numel() for p in model.parameters()) * size
     group = len(lengths) // len(prompts)
@@ -186,19 +220,31 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; qwen has three at most")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of qwen")
+    parser.add_argument("--model", type=Path, help="folder of the model to take for qwen")
+    parser.add_argument("--sampler", choices=("generate", "vllm"), default="generate", help="other side of qwen")
+    parser.add_argument("--new-tokens", type=int, default=16, help="mean length of qwen's answers")
     asked = parser.parse_args()
     torch.manual_seed(0)
     print(machine())
     print(f"{'part':<6} {'by':<9} {'seconds':>8} {'tokens/s':>9} {'gain (range)':>17} {'length':>7} "
           f"{'10/50/90/100%':>15}" + (f" {'bound/s':>9}" if DEVICE == "cuda" else ""))
     for part in asked.parts:
-        model = qwen_model(getattr(torch, asked.dtype)) if part == "qwen" else tiny_model()
+        large = part == "qwen"
+        model = large_model(asked.model, getattr(torch, asked.dtype)) if large else tiny_model()
         if part == "tiny":
             prompts, stops = some_prompts(model, 32, (12, 20)), some_stops(model, 0.08)
             compare(part, asked.pairs, with_generate, with_sample, model, prompts, 8, 40, stops)
         elif part == "qwen":
-            prompts, stops = some_prompts(model, 4, (60, 100)), some_stops(model, 0.04)
-            compare(part, min(asked.pairs, 3), with_generate, with_sample, model, prompts, 8, 96, stops)
+            prompts, stops = some_prompts(model, 8, (40, 60)), list(range(8))
+            mean, most = asked.new_tokens, 4 * asked.new_tokens
+            tailed = [min(most, math.ceil(-mean * math.log1p(-(i + 0.5) / 64))) for i in range(64)]
+            random.Random(2).shuffle(tailed)
+            other = new_vllm(model, 64, 60 + most) if asked.sampler == "vllm" else with_generate
+            for name, lengths in (("equal", [mean] * 64), ("tailed", tailed)):
+                settings = model, prompts, 8, max(lengths), stops, lengths
+                compare(name, min(asked.pairs, 3), other, with_sample, *settings)
+                if DEVICE == "cpu":  # a GPU's work is not done when a call returns
+                    print_parts(*settings)
         else:
             prompts, stops = some_prompts(model, 256, (12, 20)), some_stops(model, 0.02)
             compare(part, asked.pairs, in_waves, refilled, model, prompts, 32, 400, stops)

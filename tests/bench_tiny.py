@@ -1,6 +1,7 @@
 """The run with no flags on a CPU, for seeds 0, 1 and 2: accuracy before and after, whole-process seconds.
 
     .venv/bin/python tests/bench_tiny.py
+    .venv-vllm/bin/python tests/bench_tiny.py --sampler vllm      flags are the run's; cold starts are the same
 """
 
 import json
@@ -21,7 +22,7 @@ def main() -> None:
         for seed in (0, 1, 2):
             started = time.monotonic()
             command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--seed", str(seed),
-                       "--output-dir", folder, "--name", str(seed)]
+                       "--output-dir", folder, "--name", str(seed), *sys.argv[1:]]
             subprocess.run(command, check=True, capture_output=True)
             summary = json.loads((Path(folder) / str(seed) / "summary.json").read_text())
             after.append(summary["accuracy_after"])

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -242,17 +243,26 @@ def serving(policy):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    # nobind: or it would want a core of its own.
+    environment = {**os.environ, "VLLM_API_KEY": "hush", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with open(policy.folder / "log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(policy.folder),
              "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
              "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager"],
-            env={**environment, "VLLM_API_KEY": "hush"}, stdout=log, stderr=log, start_new_session=True,
+            env=environment, stdout=log, stderr=log, start_new_session=True,
         )
     try:
-        yield SimpleNamespace(**vars(policy), url=f"http://127.0.0.1:{port}", process=process,
-                              log=policy.folder / "log")
+        deadline = time.monotonic() + 400
+        while True:
+            with socket.socket() as caller:
+                if caller.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server didn't start:\n{(policy.folder / 'log').read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield SimpleNamespace(**vars(policy), url=f"http://127.0.0.1:{port}", process=process)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -265,15 +275,8 @@ def server(served_policy):
         yield started
 
 
-def connect(server, tokenizer=None, patience_seconds=150, **settings):
-    """Waits until the server is up, as a run does that was started together with it."""
-    try:
-        return memory.ReferenceServer(
-            server.url, tokenizer or server.tokenizer, longest=400, patience_seconds=patience_seconds,
-            **settings,
-        )
-    except memory.NoReference:
-        pytest.fail(f"the server didn't start:\n{server.log.read_text()[-3000:]}")
+def connect(server, tokenizer=None):
+    return memory.ReferenceServer(server.url, tokenizer or server.tokenizer, longest=400)
 
 
 def sequences():
@@ -320,7 +323,7 @@ def test_a_server_of_another_model_tokenizer_or_vocabulary_is_refused(server, mo
 
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "guessed")
     with pytest.raises(memory.NoReference, match="GRPO_REFERENCE_TOKEN"):
-        memory.ReferenceServer(server.url, server.tokenizer, longest=400)
+        connect(server)
 
 
 # ---- Whole runs
@@ -338,21 +341,21 @@ def metrics_of(folder):
 
 @needs_vllm
 def test_a_run_learns_as_much_as_with_our_own_sampler(tmp_path):
-    g.train(config_of(tmp_path, "start", steps=0, cold_start_steps=150))
-    risen, before = {}, {}
+    """Mean reward of ten steps that take it from 0.01 to 0.99: 0.56 with our sampler, 0.07 the standard
+    deviation between seeds 0 to 5; so two runs differ by less than 0.3, three of their difference's."""
+    (tmp_path / "sevens.py").write_text("def sevens(completion, example): return completion.count('7') / 24")
+    reward = {}
     for sampler in ("own", "vllm"):
-        g.train(config_of(tmp_path, sampler, sampler=sampler, model=str(tmp_path / "start" / "final"), steps=40,
-                          prompts_per_step=16, group_size=8, eval_examples=40, learning_rate=1e-3))
+        g.train(config_of(tmp_path, sampler, sampler=sampler, steps=10, group_size=16, learning_rate=3e-3,
+                          lr_schedule="constant", reward=[f"{tmp_path / 'sevens.py'}:sevens"]))
         metrics = metrics_of(tmp_path / sampler)
-        mean = lambda part: sum(m["accuracy"] for m in part) / len(part)
-        risen[sampler] = mean(metrics[-10:]) - mean(metrics[:5])
-        before[sampler] = json.loads((tmp_path / sampler / "summary.json").read_text())["accuracy_before"]
+        reward[sampler] = [m["reward"] for m in metrics]
         assert all(m["sampler_gap"] < 1e-4 for m in metrics)
         if sampler == "vllm":
             assert all(abs(m["importance"] - 1) < 1e-4 and m["importance_capped"] == 0 for m in metrics)
-            assert all(m["entropy"] > 0.1 for m in metrics)
-    assert before["own"] == before["vllm"]  # greedy
-    assert min(risen.values()) > 0.08 and abs(risen["own"] - risen["vllm"]) < 0.12, risen
+            assert metrics[0]["entropy"] > 0.1
+    assert reward["vllm"][0] < 0.05 and reward["vllm"][-1] > 0.9
+    assert abs(sum(reward["own"]) - sum(reward["vllm"])) / 10 < 0.3, reward
 
 
 @needs_vllm
@@ -394,7 +397,6 @@ def config_with_server(tmp_path, name, server, **changes):
 @needs_vllm
 def test_a_run_with_a_server_is_that_with_the_references_weights(server, tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
-    connect(server)
     for name, url in (("served", server.url), ("swapped", None)):
         g.train(config_with_server(tmp_path, name, server, reference_url=url, save_every=3))
     served, swapped = ([m["kl"] for m in metrics_of(tmp_path / name)] for name in ("served", "swapped"))
@@ -406,7 +408,6 @@ def test_a_run_with_a_server_is_that_with_the_references_weights(server, tmp_pat
 @needs_vllm
 def test_a_server_of_another_model_ends_a_run_before_it_begins(server, tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
-    connect(server)
     with pytest.raises(memory.NoReference, match="is not the policy's"):
         g.train(config_of(tmp_path, "run", beta=0.1, reference_url=server.url))
     assert not (tmp_path / "run").exists()
@@ -416,7 +417,6 @@ def test_a_server_of_another_model_ends_a_run_before_it_begins(server, tmp_path,
 def test_a_run_whose_server_is_killed_goes_on_with_another(server, served_policy, tmp_path, monkeypatch, capsys):
     """Comes last: the server does not come back."""
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
-    connect(server)
     real, calls = memory.ReferenceServer.__call__, []
 
     def kill_at_the_third_step(reference, sequences):
@@ -433,7 +433,6 @@ def test_a_run_whose_server_is_killed_goes_on_with_another(server, served_policy
     assert [x.name for x in data.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
     with serving(served_policy) as other:
-        connect(other)
         g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--reference-url", other.url]))
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == [1, 2, 3]
     resumed = g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2")])
