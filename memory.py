@@ -981,12 +981,12 @@ def plan(
     memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. An evaluation
     samples `evaluated` answers; without `training` only sampling is planned. With several `ranks`, it is for
     the one that owns most of the optimizer's state, and prompts, evaluated and budget are a rank's. A reward
-    model's weights (reward_model_bytes) take the sampler's place while it scores. With `engine`, vLLM samples there, with weights and a KV cache of its
-    own: on CUDA it sleeps in the update and holds nothing, on a CPU it can't. micro_batch_tokens,
-    recomputed_layers and max_rows are choices: those given are kept, the others made, with as many sampler
-    rows as fit and the micro-batch and recomputation of least work. It needs only the config, of a decoder
-    built like Llama or Qwen, and assumes a loop that uses all of this file, token_logprobs with
-    into_weight_grad.
+    model's weights (reward_model_bytes) take the sampler's place while it scores. With `engine`, vLLM samples
+    there, with weights and a KV cache of its own: on CUDA it sleeps in the update and holds nothing, on a CPU
+    it can't. micro_batch_tokens, recomputed_layers and max_rows are choices: those given are kept, the others
+    made, with as many sampler rows as fit and the micro-batch and recomputation of least work. It needs only
+    the config, of a decoder built like Llama or Qwen, and assumes a loop that uses all of this file,
+    token_logprobs with into_weight_grad.
     Raises DoesNotFit, in one line that names the flag that would help.
     """
     wanted = SimpleNamespace(**locals())

@@ -254,8 +254,8 @@ def parse_rewards(specs: list[str]) -> dict[str, float]:
     """Weights for `score` from `name`, `name:weight`, `path/to/file.py:function[:weight]`; without one, 1.0.
 
     A function of your own joins REWARDS under its file's stem and its name, "my_rewards.brevity" (a second
-    file of the same stem: under its path); its file is run to load it. Raises RewardError, saying what to type
-    instead, for a spec that can't be followed.
+    file of the same stem: under its path); its file is run to load it. Raises RewardError, saying what to
+    type instead, for a spec that can't be followed.
     """
     weights, files = {}, {}
     for spec in specs:

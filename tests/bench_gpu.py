@@ -462,7 +462,8 @@ def out_of_memory(at: Setting) -> Iterator[Row]:
     code, said = run_grpo(at, *new_run(at), *short, "--name", "b", squeezed=["step"])
     told = "out of memory in the optimizer's step" in said and "Traceback" not in said
     unsaved = not list((at.folder / "b").glob("checkpoint-*"))
-    yield Row("optimizer's step: exit code, nothing saved", f"{code}, {unsaved}", code == 2 and told and unsaved)
+    yield Row("optimizer's step: exit code, nothing saved", f"{code}, {unsaved}",
+              code == 2 and told and unsaved)
 
 
 def trl(at: Setting) -> Iterator[Row]:

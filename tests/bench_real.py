@@ -1,4 +1,4 @@
-"""GRPO on a real pretrained model: a blind cold start, then each algorithm at each rate, on two-number Countdown.
+"""GRPO on a pretrained model: a blind cold start, then each algorithm at each rate, on two-number Countdown.
 
     .venv/bin/python tests/bench_real.py --model FOLDER --rates 3e-6 --picture assets/real.png
 
@@ -75,8 +75,8 @@ def main() -> None:
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
                 rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
                 curves[f"{name}, seed {seed}"] = tuple(zip(*points))
-    print(f"{'algorithm, rate':<22}{'seed':>5}{'before':>8}{'after':>8}{'best':>8}{'to 0.9':>8}{'entropy':>15}"
-          f"{'sample s':>10}{'update s':>10}{'peak GB':>9}")
+    print(f"{'algorithm, rate':<22}{'seed':>5}{'before':>8}{'after':>8}{'best':>8}{'to 0.9':>8}"
+          f"{'entropy':>15}{'sample s':>10}{'update s':>10}{'peak GB':>9}")
     for name, seed, points, metrics, peak in rows:
         sampling = [8 * asked.prompts * m["completion_length"] / m["sampling_tokens_per_second"]
                     for m in metrics]
@@ -84,7 +84,8 @@ def main() -> None:
         print(f"{name:<22}{seed:>5}{points[0][1]:>8.3f}{points[-1][1]:>8.3f}{max(a for _, a in points):>8.3f}"
               f"{reached:>8}{metrics[0]['entropy']:>7.3f} ->{metrics[-1]['entropy']:>5.3f}"
               f"{statistics.median(sampling):>10.1f}"
-              f"{statistics.median(m['seconds'] - s for m, s in zip(metrics, sampling)):>10.1f}{peak / 1e9:>9.1f}")
+              f"{statistics.median(m['seconds'] - s for m, s in zip(metrics, sampling)):>10.1f}"
+              f"{peak / 1e9:>9.1f}")
     if asked.picture:
         draw(curves, asked.picture)
 

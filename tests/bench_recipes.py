@@ -55,7 +55,8 @@ def draw(curves: dict[str, tuple], path: Path, what: str = "held-out accuracy, g
 
     figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
     for i, (name, (steps, values)) in enumerate(curves.items()):
-        axis.plot(steps, values, label=name, linewidth=2, color=f"C{i % 10}", linestyle="-" if i < 10 else "--")
+        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+        axis.plot(steps, values, label=name, linewidth=2, **style)
     axis.set(xlabel="step", ylabel=what, ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -10,8 +10,8 @@ vocabulary ends an answer. qwen (Qwen2.5-0.5B's shape with random weights, or th
 answers of given lengths, all --new-tokens long, then long-tailed with that mean: exponential, to four times
 it; and which parts `sample` spends its time in. waves: `sample` with max_rows against calling it for max_rows
 answers at a time. Times are medians, gains medians of the pairs' ratios. `generate` records no
-log-probabilities, vLLM no entropies; vLLM's time has its new weights in it, as a run's has. With CUDA there is
-one more column: the tokens/s that memory bandwidth and arithmetic allow.
+log-probabilities, vLLM no entropies; vLLM's time has its new weights in it, as a run's has. With CUDA there
+is one more column: the tokens/s that memory bandwidth and arithmetic allow.
 """
 
 import argparse
@@ -106,7 +106,8 @@ def with_generate(model, prompts, group_size, limit, stops, lengths=None) -> lis
 
 def new_vllm(model, rows: int, longest: int):
     """What `with_sample` is, by an engine that was made for this model."""
-    engine = grpo_scratch.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30, max_rows=rows)
+    engine = grpo_scratch.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30,
+                                      max_rows=rows)
     new_parameters = engine.new_parameters
 
     def with_vllm(model, prompts, group_size, limit, stops, lengths) -> list[int]:
@@ -132,7 +133,8 @@ def print_parts(model, *settings) -> None:
         return call
 
     choose, forward = grpo_scratch.choose_tokens, model.forward
-    grpo_scratch.choose_tokens, model.forward = clocked("choose_tokens", choose), clocked("the model", forward)
+    grpo_scratch.choose_tokens = clocked("choose_tokens", choose)
+    model.forward = clocked("the model", forward)
     whole, _ = timed(with_sample, model, *settings)
     grpo_scratch.choose_tokens, model.forward = choose, forward
     print("       " + ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items()))
@@ -221,7 +223,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; qwen has three at most")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of qwen")
     parser.add_argument("--model", type=Path, help="folder of the model to take for qwen")
-    parser.add_argument("--sampler", choices=("generate", "vllm"), default="generate", help="other side of qwen")
+    parser.add_argument("--sampler", choices=("generate", "vllm"), default="generate",
+                        help="other side of qwen")
     parser.add_argument("--new-tokens", type=int, default=16, help="mean length of qwen's answers")
     asked = parser.parse_args()
     torch.manual_seed(0)

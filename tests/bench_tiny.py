@@ -1,7 +1,7 @@
 """The run with no flags on a CPU, for seeds 0, 1 and 2: accuracy before and after, whole-process seconds.
 
     .venv/bin/python tests/bench_tiny.py
-    .venv-vllm/bin/python tests/bench_tiny.py --sampler vllm      flags are the run's; cold starts are the same
+    .venv-vllm/bin/python tests/bench_tiny.py --sampler vllm    # flags are the run's, cold starts the same
 """
 
 import json

@@ -819,7 +819,8 @@ def test_running_out_of_memory_at_the_least_gives_up_with_what_may_help(monkeypa
     sequences = g.train_sequences(some_episodes(policy), config)
     with pytest.raises(memory.DoesNotFit, match="out of memory in the update.*--offload-optimizer"):
         g.update(policy, None, RecordedStep(policy.model), sequences, config, least)
-    assert (least.micro_batch_tokens, least.recomputed_layers) == (max(map(len, sequences)), 3)  # all was tried
+    # All was tried.
+    assert (least.micro_batch_tokens, least.recomputed_layers) == (max(map(len, sequences)), 3)
 
 
 def test_running_out_of_memory_while_sampling_halves_the_rows(monkeypatch, capsys):
@@ -924,7 +925,8 @@ def test_another_engines_answers_are_learned_from_with_truncated_importance(cap,
     ratios = np.exp(-apart)  # our sampler has the update's own log-probabilities
     assert metrics["sampler_gap"] == pytest.approx(np.abs(apart).mean(), abs=1e-6)
     entropies = np.concatenate([c.entropies for c in sampled])
-    np.testing.assert_allclose(np.concatenate([e.completion.entropies for e in episodes]), entropies, atol=1e-4)
+    found = np.concatenate([e.completion.entropies for e in episodes])
+    np.testing.assert_allclose(found, entropies, atol=1e-4)
     if cap:
         assert metrics["importance"] == pytest.approx(np.minimum(ratios, cap).mean(), rel=1e-5)
         assert metrics["importance_capped"] == pytest.approx((ratios > cap).mean())
@@ -974,4 +976,5 @@ def test_a_sampler_too_far_from_the_policy_ends_the_run():
 def test_sampled_numbers_that_are_not_finite_skip_the_step():
     run, _ = another_engine(a_policy(), [math.nan] * 200)
     metrics, _ = g.grpo_step(run)
-    assert metrics["bad_updates"] == 1 and metrics["sampler_gap"] is None and "not finite" in metrics["skipped"]
+    assert metrics["bad_updates"] == 1 and metrics["sampler_gap"] is None
+    assert "not finite" in metrics["skipped"]

@@ -256,7 +256,8 @@ def test_heads_with_more_than_a_matrix_product_are_refused(model, config, cause)
 
 
 def test_gemma_2_without_its_soft_cap_is_honoured():
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=None, attn_logit_softcapping=None)).eval()
+    uncapped = Gemma2Config(**SMALL, final_logit_softcapping=None, attn_logit_softcapping=None)
+    model = Gemma2ForCausalLM(uncapped).eval()
     backbone, head = memory.prepare_model(model)
     ids = torch.randint(97, (2, 9))
     torch.testing.assert_close(backbone(ids).last_hidden_state @ head.T, model(ids).logits)
@@ -924,7 +925,8 @@ def test_more_memory_is_used_for_less_work():
     made = [plan(HALF_B, int(gb * 1e9)) for gb in (6.5, 8, 10, 12, 24)]
     assert all(p.fits for p in made)
     rows = [p.limits.max_rows for p in made]
-    work = [(3 + x.recomputed_layers / 24) * (1 + 400 / x.micro_batch_tokens) for x in (p.limits for p in made)]
+    work = [(3 + x.recomputed_layers / 24) * (1 + 400 / x.micro_batch_tokens)
+            for x in (p.limits for p in made)]
     assert rows == sorted(rows)
     assert rows[-1] == 256
     assert work == sorted(work, reverse=True)
@@ -1013,7 +1015,7 @@ def test_what_says_in_its_own_words_that_memory_ran_out_is_tried_again_with_less
 
 def test_limits_that_were_made_smaller_grow_back_after_quiet_steps_and_no_further():
     limits = memory.Limits(max_rows=100, micro_batch_tokens=1000, recomputed_layers=2, layers=6)
-    told = [limits.shrink(phase, longest=400) for phase in ("rollout", "rollout", "update", "update", "update")]
+    told = [limits.shrink(phase, longest=400) for phase in 2 * ["rollout"] + 3 * ["update"]]
     assert (limits.max_rows, limits.micro_batch_tokens, limits.recomputed_layers) == (25, 400, 6)
     assert told == ["50 rows at a time", "25 rows at a time", "micro-batches of 500 tokens",
                     "micro-batches of 400 tokens", "6 layers computed again in backward"]
@@ -1274,7 +1276,8 @@ def test_a_server_that_can_not_be_the_reference_is_refused_by_what_is_wrong(refe
     connect(reference_server, longest=63)
 
     other = SimpleNamespace(decode=lambda ids: f"<{ids[0] + 1}>")
-    with pytest.raises(memory.NoReference, match="frozen has another tokenizer: token 3 is '<3>' there and '<4>'"):
+    told = "frozen has another tokenizer: token 3 is '<3>' there and '<4>'"
+    with pytest.raises(memory.NoReference, match=told):
         connect(reference_server, tokenizer=other)([scored([1, 2], [3, 4, 5])])
     # A space at the start, and the part of a character, are a decoder's taste.
     taste = SimpleNamespace(decode=lambda ids: "\ufffd" if ids[0] == 4 else f" <{ids[0]}>")

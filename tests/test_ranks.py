@@ -79,7 +79,7 @@ def train(optimizer, params, kind, steps, clip=1.0):
 
 
 def library(kind, steps):
-    """(float32 weights, gradients' norms) of the library's optimizer in one process, on the float32 masters."""
+    """(float32 weights, gradients' norms) of the library's optimizer in one process, on float32 masters."""
     params = [torch.nn.Parameter(w.float()) for w in start_weights(kind)]
     optimizer, norms = bitsandbytes.optim.AdamW8bit(params, **HYPER), []
     for step in steps:

@@ -130,7 +130,8 @@ def test_a_seed_repeats_a_cpu_run_bit_for_bit(tmp_path):
         g.train(quick(tmp_path, name, cold_start_steps=3, beta=0.1, updates_per_batch=2))
     a, b = (weights_of(tmp_path / name / "final") for name in "ab")
     assert all((a[k] == b[k]).all() for k in a)
-    drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
+    drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second",
+            "peak_memory_bytes"}
     a, b = (
         [{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / name / "metrics.jsonl")]
         for name in "ab"
@@ -289,7 +290,8 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_identical(tmp_path, own_task
     config = g.parse_command_line(["--resume", str(killed), "--reward", *own_task["reward"]])
     assert config.steps == 5 and config.beta == settings.get("beta", 0.0)  # taken over from the checkpoint
     g.train(config)
-    drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second", "peak_memory_bytes"}
+    drop = {"seconds", "waited_seconds", "sampling_tokens_per_second", "update_tokens_per_second",
+            "peak_memory_bytes"}
     a, b = ([{k: v for k, v in m.items() if k not in drop} for m in lines(tmp_path / run / "metrics.jsonl")]
             for run in ("whole", "killed"))
     assert a == b and len(a) == 5 and all(m["skipped"] is None for m in a)
@@ -324,7 +326,7 @@ def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
     state = tmp_path / "run" / "checkpoint-1" / "trainer_state" / "state.pt"
     saved = torch.load(state, weights_only=True)
     torch.save({**saved, "config": saved["config"] | {"reward": [f"{tmp_path}/my_rewards.py"]}}, state)
-    with pytest.raises(g.InputError, match="the run's reward is code"):  # a file without a function is run as well
+    with pytest.raises(g.InputError, match="the run's reward is code"):  # without a function too
         g.parse_command_line(resume)
     torch.save(saved, state)
     config = g.parse_command_line([*resume, "--reward", *reward])
@@ -354,7 +356,7 @@ def test_resume_from_within_a_checkpoint_and_with_what_does_not_suit_it(tmp_path
     assert Path(latest.resume).name == "checkpoint-2"
     state_of = tmp_path / "run" / "checkpoint-2" / data.STATE
     state = torch.load(state_of, weights_only=True)
-    torch.save({**state, "limits": state["limits"] | {"max_rows": 1}}, state_of)  # as after running out of memory
+    torch.save({**state, "limits": state["limits"] | {"max_rows": 1}}, state_of)  # memory had run out
     assert g.open_run(latest).limits.max_rows > 1  # for another budget it is planned anew
     latest = dataclasses.replace(latest, memory_budget_gib=None)
     assert g.open_run(latest).limits.max_rows == 1
@@ -373,7 +375,8 @@ def test_what_has_changed_since_the_checkpoint_is_named(tmp_path, own_task, caps
     first_held = next(i for i, row in enumerate(rows) if json.loads(row)["prompt"] in held)
     first_trained = next(i for i, row in enumerate(rows) if json.loads(row)["prompt"] not in held)
     for path, text, told in (
-        (task, whole.replace(rows[first_held], rows[first_held].replace("Write", "Spell")), "the held-out examples;"),
+        (task, whole.replace(rows[first_held], rows[first_held].replace("Write", "Spell")),
+         "the held-out examples;"),
         (task, whole.replace(rows[first_trained], rows[first_trained].replace("Write", "Spell")),
          "the examples to train on;"),
         (reward, code + "\n", f"{reward};"),
@@ -403,7 +406,8 @@ def test_a_run_in_a_thread_of_a_program_that_prints_nowhere(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("flags, last_line", [
-    (["--cold-start-steps", "9999"], "cold start:"), (["--eval-examples", "600", "--max-new-tokens", "900"], "budget"),
+    (["--cold-start-steps", "9999"], "cold start:"),
+    (["--eval-examples", "600", "--max-new-tokens", "900"], "budget"),
 ])
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path, flags, last_line):
     process = endless_run(tmp_path, *flags)
@@ -497,9 +501,10 @@ def same_weights(a, b):
 
 
 def test_the_best_model_is_kept_and_told_at_every_evaluation(tmp_path, own_task, monkeypatch, capsys):
-    accuracies(monkeypatch, 0.25, 0.5, 0.75, 0.5, 0.75, 0.0)  # before, then after each step: a tie at the fourth
+    accuracies(monkeypatch, 0.25, 0.5, 0.75, 0.5, 0.75, 0.0)  # before, then after each step, with a tie
     drawn, real = [], data.draw_curves
-    monkeypatch.setattr(data, "draw_curves", lambda metrics, *x: (drawn.append(len(metrics)), real(metrics, *x)))
+    monkeypatch.setattr(data, "draw_curves",
+                        lambda metrics, *x: (drawn.append(len(metrics)), real(metrics, *x)))
     config = quick(tmp_path, steps=5, eval_every=1, save_every=1, keep_checkpoints=0, learning_rate=1e-2,
                    **own_task)
     summary = g.train(config)
@@ -511,7 +516,8 @@ def test_the_best_model_is_kept_and_told_at_every_evaluation(tmp_path, own_task,
     best = {"step": 2, "accuracy": 0.75, "pass_at_k": None}
     assert json.loads((run / "best" / "evaluation.json").read_text()) == summary["best"] == best
     assert same_weights(run / "best", run / "checkpoint-2") and not same_weights(run / "best", run / "final")
-    data.load_policy(str(run / "best"), *data.load_config(str(run / "best"))[1:], dtype=torch.float32, device="cpu")
+    tokenizer = data.load_config(str(run / "best"))[1]
+    data.load_policy(str(run / "best"), tokenizer, dtype=torch.float32, device="cpu")
 
     # From a later checkpoint it is still the best, with an earlier one it is set aside.
     accuracies(monkeypatch, 0.5)
@@ -520,7 +526,8 @@ def test_the_best_model_is_kept_and_told_at_every_evaluation(tmp_path, own_task,
     accuracies(monkeypatch, 0.6, 0.7, 0.1, 0.1)
     g.train(dataclasses.replace(config, resume=str(run / "checkpoint-1")))
     [left] = run.glob("left-best-*")
-    assert json.loads((left / "evaluation.json").read_text()) == best and "left-best-" in capsys.readouterr().err
+    assert json.loads((left / "evaluation.json").read_text()) == best
+    assert "left-best-" in capsys.readouterr().err
     assert same_weights(run / "best", run / "checkpoint-3")
 
 
@@ -546,7 +553,8 @@ def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_ta
         "    return 1 / (40 - len(calls))\n")
     with pytest.raises(g.rewards.RewardError, match="ZeroDivisionError"):
         g.train(quick(tmp_path, steps=9, task=own_task["task"], reward=[f"{tmp_path}/my_rewards.py:late"]))
-    assert [c.name for c in data.checkpoints(tmp_path / "run")] == ["checkpoint-2"]  # 4 + 12 + 12, and 11 of 12
+    # 4 + 12 + 12, and 11 of 12
+    assert [c.name for c in data.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert data.load_state(tmp_path / "run" / "checkpoint-2")["drawn"] == 6  # the third step's are to come
 
 
@@ -571,7 +579,7 @@ def test_a_reward_model_short_of_memory_is_given_fewer_answers_at_a_time(tmp_pat
 
 @pytest.mark.parametrize("part", ["first update", "second update", "optimizer"])
 def test_memory_that_runs_out_between_two_steps_is_never_saved(tmp_path, own_task, monkeypatch, part):
-    """What a step has changed only half is lost; the checkpoint before it is whole. Before the first optimizer
+    """What a step has half changed is lost; the checkpoint before it is whole. Before the first optimizer
     step of a batch nothing is changed, and the steps so far are saved with the random state they ended in."""
     calls, real = [], g.compute_gradients
 
@@ -730,7 +738,8 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_final_model_is_refused(tmp_pa
     settings = {"beta": 0.1, "dtype": "bfloat16", "steps": 1}
     g.train(quick(tmp_path, "measured", save_every=1, **settings))
     final, checkpoint = (
-        sum(p.stat().st_size for p in (tmp_path / "measured" / name).rglob("*") if p.suffix in (".pt", ".safetensors"))
+        sum(p.stat().st_size for p in (tmp_path / "measured" / name).rglob("*")
+            if p.suffix in (".pt", ".safetensors"))
         for name in ("final", "checkpoint-1"))
     (tmp_path / "disk").mkdir()
     a_disk_of(0.95 * (checkpoint + final), tmp_path / "disk", monkeypatch)
@@ -748,12 +757,13 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_final_model_is_refused(tmp_pa
 
 def test_older_checkpoints_make_room_and_the_newest_stays(tmp_path, monkeypatch, capsys):
     g.train(quick(tmp_path, steps=3, save_every=1, keep_checkpoints=3))
-    run, size = tmp_path / "run", lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    run, size = tmp_path / "run", data.bytes_in
     policy = data.load_policy("embedded", data.tiny_tokenizer(), dtype=torch.float32, device="cpu")
     shutil.rmtree(run / "final")
     a_disk_of(size(run) + 1000, run, monkeypatch)
     data.save_final(policy, run)
-    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-2", "checkpoint-3"] and (run / "final").exists()
+    assert [c.name for c in data.checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
+    assert (run / "final").exists()
     assert "checkpoint-1 was removed" in capsys.readouterr().err
     a_disk_of(size(run) + 1000, run, monkeypatch)
     data.save_checkpoint(policy, {**data.load_state(run / "checkpoint-3"), "step": 4}, run, keep=3)
@@ -776,7 +786,7 @@ def test_a_disk_that_fills_up_later_leaves_earlier_checkpoints_as_they_were(tmp_
 
 
 def test_columns_that_are_not_json_are_written_as_text(tmp_path):
-    data.append_lines(tmp_path / "samples.jsonl", [{"day": datetime.date(2026, 11, 21)}])  # from a parquet file
+    data.append_lines(tmp_path / "samples.jsonl", [{"day": datetime.date(2026, 11, 21)}])  # of a parquet file
     assert json.loads((tmp_path / "samples.jsonl").read_text()) == {"day": "2026-11-21"}
 
 
@@ -936,14 +946,17 @@ def test_the_recipes_are_listed_with_the_designs_settings(monkeypatch, capsys):
             c.ratio, c.surrogate, c.refill_rounds, c.overlong_buffer), name
 
 
-@pytest.mark.parametrize("budget, code, told", [("12", 0, "budget"), ("1", 2, "error: at the least the update takes")])
+@pytest.mark.parametrize("budget, code, told", [
+    ("12", 0, "budget"), ("1", 2, "error: at the least the update takes"),
+])
 def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_read(
     tmp_path, budget, code, told, monkeypatch, capsys
 ):
     """A folder with Qwen2.5-0.5B's config and a tokenizer, and no weights at all."""
     transformers.Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+        max_position_embeddings=32768,
     ).save_pretrained(tmp_path / "half-b")
     data.tiny_tokenizer().save_pretrained(tmp_path / "half-b")
     monkeypatch.setattr(sys, "argv", [
@@ -967,7 +980,8 @@ def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_rea
 
 def test_tensorboard_shows_the_numbers_of_metrics_jsonl_and_a_resumed_run_goes_on_there(tmp_path, own_task):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = quick(tmp_path, steps=3, save_every=2, eval_every=2, report_to="tensorboard", keep_checkpoints=0, **own_task)
+    config = quick(tmp_path, steps=3, save_every=2, eval_every=2, report_to="tensorboard", keep_checkpoints=0,
+                   **own_task)
     g.train(config)
     run = tmp_path / "run"
     g.train(dataclasses.replace(config, steps=4, resume=str(run / "checkpoint-2"), learning_rate=1e-3))
@@ -1001,7 +1015,9 @@ class StandIn:
 
 
 @pytest.mark.parametrize("service", ["wandb", "trackio"])
-def test_services_get_numbers_samples_and_config_and_the_same_run_again(service, tmp_path, own_task, monkeypatch):
+def test_services_get_numbers_samples_and_config_and_the_same_run_again(
+    service, tmp_path, own_task, monkeypatch
+):
     module = StandIn()
     monkeypatch.setitem(sys.modules, service, module)
     config = quick(tmp_path, save_every=2, report_to=service, **own_task)
@@ -1025,7 +1041,8 @@ def test_services_get_numbers_samples_and_config_and_the_same_run_again(service,
 def test_a_service_that_is_down_is_warned_of_once_and_stops_nothing(failing, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", StandIn([failing]))
     assert g.train(quick(tmp_path, report_to="wandb"))["steps"] == 2
-    assert capsys.readouterr().err.count("--report-to wandb failed (ConnectionError: the service is down)") == 1
+    told = "--report-to wandb failed (ConnectionError: the service is down)"
+    assert capsys.readouterr().err.count(told) == 1
 
 
 @pytest.mark.parametrize("service, module", data.SERVICES.items())

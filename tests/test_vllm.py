@@ -185,7 +185,8 @@ def test_tokens_are_drawn_from_the_whole_distribution(sampler):
 @needs_vllm
 def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sampler, monkeypatch):
     stops = set(range(0, 320, 16))
-    monkeypatch.setattr(sampler, "new_parameters", partial(sampler.new_parameters, stop_token_ids=sorted(stops)))
+    with_stops = partial(sampler.new_parameters, stop_token_ids=sorted(stops))
+    monkeypatch.setattr(sampler, "new_parameters", with_stops)
     completions = answers(sampler)
     assert {x.finished for x in completions} == {True, False}
     for x in completions:
@@ -384,8 +385,8 @@ def test_weights_that_stay_behind_end_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(g.VLLMSampler, "take_weights", only_at_first)
     with pytest.raises(g.InputError, match="nats from the sampler's"):
-        g.train(config_of(tmp_path, "run", sampler="vllm", steps=9, learning_rate=0.02, lr_schedule="constant",
-                          reward=["countdown_format"], max_new_tokens=20))
+        g.train(config_of(tmp_path, "run", sampler="vllm", steps=9, learning_rate=0.02,
+                          lr_schedule="constant", reward=["countdown_format"], max_new_tokens=20))
     assert data.checkpoints(tmp_path / "run")
 
 
@@ -414,7 +415,9 @@ def test_a_server_of_another_model_ends_a_run_before_it_begins(server, tmp_path,
 
 
 @needs_vllm
-def test_a_run_whose_server_is_killed_goes_on_with_another(server, served_policy, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_server_is_killed_goes_on_with_another(
+    server, served_policy, tmp_path, monkeypatch, capsys
+):
     """Comes last: the server does not come back."""
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
     real, calls = memory.ReferenceServer.__call__, []
