@@ -42,7 +42,8 @@ def test_help_lists_every_flag_in_a_group(capsys):
         g.parse_command_line(["--help", "--recipe", "improved"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(f"--{f.name}" in text for f in dataclasses.fields(g.Config))
+    assert all(f"--{f.name.replace('_', '-')} " in text for f in dataclasses.fields(g.Config))
+    assert "--max_rows" not in text and g.parse_command_line(["--max_rows", "3"]).max_rows == 3
     titles = [f.metadata["group"] for f in dataclasses.fields(g.Config) if "group" in f.metadata]
     assert len(titles) == 7
     assert all(f"\n{title}:" in text for title in titles)

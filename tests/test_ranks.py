@@ -29,6 +29,8 @@ import data
 import grpo_scratch as g
 import memory
 
+pytestmark = pytest.mark.xdist_group("ranks")  # its runs, made once, are looked at by many tests
+
 SHAPES = [(300, 40), (97, 64), (5000,), (70, 70), (50,), (33,), (10,)]
 STEPS, SAVED_AFTER, LR = 10, 6, 1e-3
 HYPER = {"lr": LR, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
@@ -178,7 +180,7 @@ def as_rank(what, rank, ranks, folder):
     """What a forked process does: join the others, do it, and write down what it says."""
     sys.stdout = sys.stderr = (folder / f"said-by-{rank}-of-{ranks}").open("w")
     torch.set_num_threads(1)
-    os.environ["RANK"] = str(rank)  # as torchrun would
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)  # as torchrun would
     dist.init_process_group("gloo", f"file://{folder}/join-{ranks}", rank=rank, world_size=ranks)
     what(folder)
     dist.destroy_process_group()
@@ -489,6 +491,7 @@ def test_other_ranks_do_not_look_at_best_while_the_first_one_replaces_it(monkeyp
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / data.EVALUATION).write_text('{"accuracy": 0.')
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     evaluation = {"accuracy": 0.5, "step": 3}
     assert data.save_best(None, tmp_path, evaluation) == evaluation
 
