@@ -1,17 +1,18 @@
 """`sample` against transformers' `model.generate` or vLLM, and refilled rows against waves. Run by hand.
 
-    python tests/bench_sampler.py                   all three parts
-    python tests/bench_sampler.py --parts tiny      the embedded policy only (others: qwen, waves)
+    python tests/bench_sampler.py                   all parts
+    python tests/bench_sampler.py --parts tiny      the embedded policy only (others: choose, qwen, waves)
     python tests/bench_sampler.py --parts qwen --model FOLDER --dtype float32      a real model
     .venv-vllm/bin/python tests/bench_sampler.py --parts qwen --model FOLDER --sampler vllm
 
-All sides get the same prompts and as many answers to each, at temperature 1, in turns. tiny: a share of the
-vocabulary ends an answer. qwen (Qwen2.5-0.5B's shape with random weights, or the model in FOLDER): 64
-answers of given lengths, all --new-tokens long, then long-tailed with that mean: exponential, to four times
-it; and which parts `sample` spends its time in. waves: `sample` with max_rows against calling it for max_rows
-answers at a time. Times are medians, gains medians of the pairs' ratios. `generate` records no
-log-probabilities, vLLM no entropies; vLLM's time has its new weights in it, as a run's has. With CUDA there
-is one more column: the tokens/s that memory bandwidth and arithmetic allow.
+All sides get the same prompts and as many answers to each, at temperature 1, in turns. choose: choose_tokens
+against log_softmax of the same float32 logits. tiny: a share of the vocabulary ends an answer. qwen
+(Qwen2.5-0.5B's shape with random weights, or the model in FOLDER): 64 answers of given lengths, all
+--new-tokens long, then long-tailed with that mean: exponential, to four times it; and which parts `sample`
+spends its time in. waves: `sample` with max_rows against calling it for max_rows answers at a time. Times are
+medians, gains medians of the pairs' ratios. `generate` records no log-probabilities, vLLM no entropies;
+vLLM's time has its new weights in it, as a run's has. With CUDA there is one more column: the tokens/s that
+memory bandwidth and arithmetic allow.
 """
 
 import argparse
@@ -214,11 +215,25 @@ def compare(name: str, pairs: int, base, ours, model, prompts, *settings) -> Non
         print(f"{row} {tenths:>15}", flush=True)
 
 
+def choose(vocab: int, pairs: int) -> None:
+    """Print what part of log_softmax's time choose_tokens takes, for 256 rows of logits."""
+    logits, uniform, seconds = 3 * torch.randn(256, vocab), torch.rand(256, dtype=torch.float64), []
+    for _ in range(pairs + 1):
+        for work in (lambda: logits.log_softmax(-1),
+                     lambda: grpo_scratch.choose_tokens(logits, 1.0, uniform)):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+    shares = [ours / softmax for softmax, ours in zip(seconds[2::2], seconds[3::2])]
+    print(f"choose  V = {vocab}: log_softmax {statistics.median(seconds[2::2]) * 1e3:.2f} ms, its part "
+          f"{statistics.median(shares):.2f} ({min(shares):.2f}-{max(shares):.2f})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = ["tiny", "qwen", "waves"]
+    every = ["choose", "tiny", "qwen", "waves"]
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--pairs", type=int, default=7, help="paired runs; qwen has three at most")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of qwen")
@@ -232,6 +247,10 @@ def main() -> None:
     print(f"{'part':<6} {'by':<9} {'seconds':>8} {'tokens/s':>9} {'gain (range)':>17} {'length':>7} "
           f"{'10/50/90/100%':>15}" + (f" {'bound/s':>9}" if DEVICE == "cuda" else ""))
     for part in asked.parts:
+        if part == "choose":
+            for vocab in (64, 151_936):
+                choose(vocab, 3 * asked.pairs)
+            continue
         large = part == "qwen"
         model = large_model(asked.model, getattr(torch, asked.dtype)) if large else tiny_model()
         if part == "tiny":
