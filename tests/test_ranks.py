@@ -29,8 +29,6 @@ import data
 import grpo_scratch as g
 import memory
 
-pytestmark = pytest.mark.xdist_group("ranks")  # its runs, made once, are looked at by many tests
-
 SHAPES = [(300, 40), (97, 64), (5000,), (70, 70), (50,), (33,), (10,)]
 STEPS, SAVED_AFTER, LR = 10, 6, 1e-3
 HYPER = {"lr": LR, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
