@@ -718,12 +718,11 @@ def load_state(checkpoint: Path) -> dict:
     return state
 
 
-def fingerprints(examples: list[dict], heldout: list[dict], reward: list[str]) -> dict[str, str]:
+def fingerprints(examples: list[dict], heldout: list[dict], files: list[str]) -> dict[str, str]:
     """A hash of each thing from outside that a run depends on, under what a person calls it."""
     found = {what: json.dumps(x, sort_keys=True, default=str).encode()
              for what, x in {"the examples to train on": examples, "the held-out examples": heldout}.items()}
-    files = [spec.split(":")[0] for spec in reward]
-    found |= {name: Path(name).read_bytes() for name in files if name.endswith(".py")}
+    found |= {name: Path(name).read_bytes() for name in files}
     return {what: hashlib.sha256(x).hexdigest() for what, x in found.items()}
 
 

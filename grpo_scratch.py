@@ -1441,7 +1441,8 @@ def open_run(config: Config) -> Run | None:
         config, device, folder, policy, examples, heldout, sampler,
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
         new_optimizer(policy, config, config.learning_rate, config.weight_decay),
-        torch.Generator().manual_seed(config.seed), data.fingerprints(examples, heldout, config.reward),
+        torch.Generator().manual_seed(config.seed),
+        data.fingerprints(examples, heldout, [x.split(":")[0] for x in config.reward if rewards.is_code(x)]),
     )
     run.random_state = run.generator.get_state()
     if state:
@@ -1694,10 +1695,10 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     groups, title = {}, None
     for f in dataclasses.fields(Config):
         # All metadata would be handed on to argparse.
-        known_there = {k: x for k, x in f.metadata.items() if k in ("help", "nargs", "const")}
+        argparse_knows = {k: x for k, x in f.metadata.items() if k in ("help", "nargs", "const")}
         title = f.metadata.get("group", title)
         groups.setdefault(title, []).append((f.name, f.type, field(
-            default=f.default, default_factory=f.default_factory, metadata=known_there)))
+            default=f.default, default_factory=f.default_factory, metadata=argparse_knows)))
     parser = transformers.HfArgumentParser(
         [dataclasses.make_dataclass("Flags", of_group, namespace={"_argument_group_name": title})
          for title, of_group in groups.items()],

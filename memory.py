@@ -270,10 +270,10 @@ def my_slice(count: int) -> slice:
 def share(items: list, sizes: list[int]) -> list:
     """This rank's part of items of sizes[i] >= 1 tokens: a piece of the list, as neighbours share their
     prompt, which is then computed once. All ranks' are equally large to within one item; one may be empty."""
-    rank, ranks = my_rank()
+    (rank, ranks), total = my_rank(), sum(sizes)
     # An item goes to the rank into whose part of all tokens its middle falls.
     return [item for item, size, end in zip(items, sizes, accumulate(sizes))
-            if (2 * end - size) * ranks // (2 * sum(sizes)) == rank]
+            if (2 * end - size) * ranks // (2 * total) == rank]
 
 
 def owners(sizes: list[int], ranks: int) -> list[int]:

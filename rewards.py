@@ -261,7 +261,7 @@ def parse_rewards(specs: list[str]) -> dict[str, float]:
     for spec in specs:
         reward, *weight = spec.split(":")
         name = reward
-        if reward.endswith(".py"):
+        if is_code(spec):
             path, function = reward, weight.pop(0) if weight else ""
             reward, file = f"{path}:{function}", Path(path).resolve()
             name = f"{file.stem}.{function}"
