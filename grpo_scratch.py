@@ -283,6 +283,8 @@ def check_config(config: Config) -> None:
     if config.overlong_buffer > config.max_new_tokens:
         refuse("overlong_buffer", f"must be at most --max-new-tokens, {config.max_new_tokens}")
     if config.reference_url:
+        if not config.reference_url.startswith(("http://", "https://")):
+            refuse("reference_url", "must begin with http:// or https://")
         if config.beta == 0:
             refuse("reference_url", "nothing asks a reference; give --beta above 0, or drop it")
         if config.reference_every or config.cold_start_steps:
@@ -546,7 +548,7 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
 
 
 # Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, many on a GPU.
-LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**24}
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 
 
 def choose_tokens(

@@ -763,8 +763,9 @@ class ReferenceServer:
         try:
             served = self._ask("/v1/models")["data"][0]
             self.model, context = served["id"], served.get("max_model_len") or math.inf
-        except (json.JSONDecodeError, LookupError, TypeError) as error:
-            raise NoReference(f"{url} doesn't answer as a server of OpenAI's completions does") from error
+        except (LookupError, TypeError) as error:
+            raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions does ({error!r}); "
+                              "check --reference-url") from error
         if longest >= context:  # it wants room for a new token, too
             raise NoReference(f"the reference server {url} takes {context - 1} tokens at most, a prompt and "
                               f"its answer may have {longest}; start it with --max-model-len {longest + 1}")
@@ -820,6 +821,9 @@ class ReferenceServer:
                     result = json.load(answer)
                 self.away = False
                 return result
+            except ValueError as error:
+                raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions does "
+                                  f"({error}); check --reference-url") from error
             except (OSError, http.client.HTTPException) as error:
                 trouble, code = error, getattr(error, "code", 500)
             if code < 500 and code not in (408, 429):  # asking again won't help
@@ -1075,7 +1079,7 @@ def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> 
     columns = episode + (wanted.max_new_tokens // 2 if waiting else 0)
     kv_token = 2 * keys * byte * layers
     kv_cache = rows * columns * kv_token
-    # Logits are turned into tokens in blocks of 2**19 on a CPU, 2**24 on a GPU, twice in float32 (three times
+    # Logits are turned into tokens in blocks of 2**20 on a CPU, 2**24 on a GPU, twice in float32 (three times
     # while half precision is cast); the sums over 128 tokens are in float64 too.
     choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
     # 32 prompts at a time; an evaluation's have one row each.

@@ -67,6 +67,7 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"sampler": "sglang"}, "own, vllm"), ({"importance_cap": -1.0}, "at least 0"),
     ({"reference_url": "http://x", "cold_start_steps": 0}, "--reference-url http://x: .*give --beta above 0"),
     ({"reference_url": "http://x", "beta": 0.1}, "--cold-start-steps 0"),  # tiny has one
+    ({"reference_url": "host:8000", "beta": 0.1}, "must begin with http:// or https://"),
     ({"recipe": "improved", "reference_url": "http://x", "loss_temperature": 1.0}, "--reference-every 0"),
     ({"recipe": "improved", "reference_url": "http://x", "reference_every": 0}, "--loss-temperature 1"),
 ])

@@ -1146,7 +1146,8 @@ class ReferenceHandler(http.server.BaseHTTPRequestHandler):
             self.server.under_way -= 1
         assert self.path == "/v1/completions" and self.headers["Authorization"] == self.server.authorization
         if self.server.troubles:
-            return self.answer(self.server.troubles.pop(), {"error": "busy"})
+            code = self.server.troubles.pop()
+            return self.answer(code, "<html>" if code == 200 else {"error": "busy"})
         ids = body["prompt"]
         if max(ids) >= self.vocabulary:
             return self.answer(400, {"error": {"message": "Token id 97 is out of vocabulary"}})
@@ -1301,3 +1302,10 @@ def test_an_address_that_speaks_something_else_is_refused(reference_server, mode
     reference_server.models = models
     with pytest.raises(memory.NoReference, match="doesn't answer as a server of OpenAI's completions does"):
         connect(reference_server)
+
+
+def test_a_page_in_place_of_log_probabilities_ends_the_run_as_a_server_that_went_away_does(reference_server):
+    reference = connect(reference_server)
+    reference_server.troubles = [200]  # as a proxy in between gives its own
+    with pytest.raises(memory.NoReference, match="doesn't answer as a server of OpenAI's completions does"):
+        reference([scored([1, 2], [3])])
