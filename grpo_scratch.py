@@ -581,12 +581,11 @@ def choose_tokens(
             z, p = z[: part.stop - i], p[: part.stop - i]
             top[part] = logits[part].amax(-1, keepdim=True)
             torch.sub(logits[part], top[part], out=z)
-            if heat != 1:
-                z.div_(heat)
-            torch.exp(z, out=p[:, :vocab])
+            torch.exp2(z.mul_(1 / (heat * math.log(2))), out=p[:, :vocab])  # half of exp's time
             torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
             # nansum: a probability of zero times its logit of -inf is zero in the entropy.
             torch.nansum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
+        moment *= math.log(2)
         running = sums.cumsum(-1, dtype=torch.float64)
         if temperature:
             target = share * running[:, -1:]
