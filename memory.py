@@ -764,8 +764,8 @@ class ReferenceServer:
             served = self._ask("/v1/models")["data"][0]
             self.model, context = served["id"], served.get("max_model_len") or math.inf
         except (LookupError, TypeError) as error:
-            raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions does ({error!r}); "
-                              "check --reference-url") from error
+            raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions does "
+                              f"({error!r}); check --reference-url") from error
         if longest >= context:  # it wants room for a new token, too
             raise NoReference(f"the reference server {url} takes {context - 1} tokens at most, a prompt and "
                               f"its answer may have {longest}; start it with --max-model-len {longest + 1}")
