@@ -915,8 +915,8 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
 
 
 def has_terminal() -> bool:
-    """Whether bars can be shown."""
-    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    """Whether bars can be shown, by this rank."""
+    return first_rank() and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def warn(message: str) -> None:

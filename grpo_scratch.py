@@ -35,7 +35,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal, get_args, get_origin
 
 # Idle threads of torch's OpenMP spin for milliseconds by default; on two cores of which one is busy, that
-# makes small operations tens of times slower. It counts from before torch is loaded.
+# makes small operations tens of times slower. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy
@@ -203,7 +203,8 @@ RECIPES: dict[str, dict] = {
         "cold_start_steps": 400, "cold_start_lr": 3e-3, "cold_start_batch": 32,
     },
     "improved": {
-        "temperature": 0.5, "skip_truncated": True, "clip_high": 0.3, "beta": 0.01, "reference_every": 10,
+        "temperature": 0.5, "skip_truncated": True, "beta": 0.01, "reference_every": 10,
+        "clip_high": 0.3,  # for those who ask for more updates of a batch
         "top_entropy": 0.2, "learning_rate": 1e-5,
     },
     "nano-aha": {
@@ -273,13 +274,15 @@ def check_config(config: Config) -> None:
         if get_origin(f.type) is Literal and value not in get_args(f.type):
             refuse(f.name, f"use one of {', '.join(get_args(f.type))}")
         for x in value if isinstance(value, list) else [value]:
-            if bounds and x is not None and not (
+            if isinstance(x, (int, float)) and not (
                 math.isfinite(x) and all(BOUNDS[k](x, bound) for k, bound in bounds.items())
             ):
-                must = " and ".join(f"{k.replace('_', ' ')} {bound}" for k, bound in bounds.items())
-                refuse(f.name, f"must be {must}, and finite")
+                must = [f"{k.replace('_', ' ')} {bound}" for k, bound in bounds.items()]
+                refuse(f.name, f"must be {' and '.join([*must, 'finite'])}")
     if len(config.adam_betas) != 2:
         refuse("adam_betas", "give two numbers")
+    if not (config.reward or config.reward_model):
+        refuse("reward", "name at least one")
     if config.overlong_buffer > config.max_new_tokens:
         refuse("overlong_buffer", f"must be at most --max-new-tokens, {config.max_new_tokens}")
     if config.reference_url:
@@ -311,7 +314,7 @@ class Episode:
     """One sampled answer on its way through a step."""
 
     example: dict
-    group: int  # answers to the same prompt share it
+    group: int  # answers that were sampled together, to one prompt, share it
     prompt: list[int]  # token ids
     completion: "Completion"
     text: str
@@ -327,6 +330,8 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
 
     # Sample a group of answers to each prompt, and score them. In a refill (DAPO's dynamic sampling), groups
     # of fresh prompts take the places of those without spread, which nothing could be learned from.
+    # `episodes` are all, for the metrics, `kept` those for the update; `spread` are the groups of these that
+    # teach something, `lacking` is how many more are wanted; `drawn` counts the run's prompts so far.
     episodes, kept, spread, drawn, lacking = [], [], set(), run.drawn, config.prompts_per_step
     for _ in range(1 + config.refill_rounds):
         kept = [e for e in kept if e.group in spread]
@@ -351,7 +356,7 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     for episode, advantage in zip(kept, advantages.tolist()):
         episode.advantage = advantage
 
-    # Another engine's probabilities are not quite the update's: what it takes to be exact all the same.
+    # Where another engine has sampled: the entropies, and each token's weight pi_update / pi_sampler, capped.
     compared = compare_with_sampler(run, kept)
 
     # Update the policy on the tokens that count.
@@ -371,9 +376,12 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
         run.reference.refresh()
 
     run.limits.grow()
-    run.step, run.drawn, run.random_state = step, drawn, run.generator.get_state()
+    groups, run.drawn = drawn - run.drawn, drawn
+    run.step, run.random_state = step, run.generator.get_state()
     run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
     record = step_metrics(step, episodes, learned | compared, skipped, rate) | {
+        "groups_drawn": groups,
+        "groups_without_spread": (groups - len(spread)) / groups,
         "groups_kept": len(spread),
         "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
         "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
@@ -478,7 +486,8 @@ def is_solved(episode: Episode) -> bool:
 @dataclass
 class Completion:
     """One sampled answer: its n token ids (with the EOS, when one was sampled) and, for each, the sampler's
-    log-probability and the entropy of the distribution it was drawn from, both in nats at its temperature."""
+    log-probability and the entropy of the distribution it was drawn from, in nats, at its temperature (greedy
+    ones: at 1)."""
 
     ids: list[int]
     logprobs: list[float]
@@ -547,8 +556,8 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
     return cache, visible.bool(), logits
 
 
-# Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, many on a GPU.
-LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
+# Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, more on a GPU.
+LOGITS_AT_ONCE = {"cpu": 2**20}  # else 2**24
 
 
 def choose_tokens(
@@ -558,10 +567,13 @@ def choose_tokens(
 
     The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1.
     Large vocabularies take two stages: which 128 tokens, then which of them; so the running sums, in float64
-    because float32 would round the rare tokens' shares, are short, and no second rows x V tensor is made.
+    because float32 would round the rare tokens' shares, are short, and of float32 logits at most twice
+    LOGITS_AT_ONCE are made.
     Temperature 0 takes the best token and leaves `uniform` alone; its numbers are those at temperature 1.
     A row with NaN or +inf gets any token, with a log-probability of NaN, which tells on the step.
     """
+    # With z = (logit - the row's top) / temperature, the entropy is log sum e^z - moment / sum e^z, where
+    # `moment` is the sum of z e^z. `share` is u, and after the first stage the u of the chosen block.
     (rows, vocab), heat, size = logits.shape, temperature or 1.0, 128
     share = uniform[:, None] if temperature else None
     tokens = None if temperature else logits.argmax(-1, keepdim=True)
@@ -572,7 +584,7 @@ def choose_tokens(
         moment = (z.exp() * z).nansum(-1, keepdim=True)
     else:
         blocks = math.ceil(vocab / size)
-        at_once = max(1, min(rows, LOGITS_AT_ONCE[logits.device.type] // vocab))
+        at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
         new = partial(logits.new_empty, dtype=torch.float32)
         z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
         p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
@@ -614,7 +626,7 @@ def choose_tokens(
 
 
 # Steps between looks at which rows have finished: each look makes the host wait for the GPU.
-CHECK_EVERY = {"cpu": 1, "cuda": 8}
+CHECK_EVERY = {"cpu": 1}  # else 8
 PREFILLED = 32  # prompts in a pass; memory.plan counts so many
 
 
@@ -647,7 +659,7 @@ def sample(
     blocked = torch.finfo(model.dtype).min
     mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
-    check_every = CHECK_EVERY[device.type]
+    check_every = CHECK_EVERY.get(device.type, 8)
 
     if uniform is None and temperature:
         uniform = torch.rand(
@@ -747,6 +759,7 @@ def sample(
 
 def refuse_short_windows(config, tokens: int) -> None:
     """Raises InputError when the model's attention doesn't reach over `tokens` tokens, as `sample` needs."""
+    config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
     types = set(getattr(config, "layer_types", None) or [default])
@@ -902,7 +915,7 @@ def token_weights(
     if aggregation == "sequence":
         return 1 / (lengths.clamp(min=1) * len(lengths))
     if aggregation == "constant" and max_new_tokens:
-        return torch.full_like(lengths, 1 / (len(lengths) * max_new_tokens))
+        return torch.ones_like(lengths) / (len(lengths) * max_new_tokens)
     raise InputError(f"aggregation {aggregation!r}: use 'token', 'sequence', or 'constant' with "
                      "max_new_tokens")
 
@@ -938,7 +951,7 @@ class TrainSequence:
 
     @classmethod
     def whole(cls, prompt: list[int], completion: list[int], weight: float = 0.0) -> "TrainSequence":
-        """One of which every token counts, by the same weight and with an advantage of 1."""
+        """One of which every token counts, with an advantage of 1 and the same weight: 0 learns nothing."""
         m = len(completion)
         return cls(prompt, completion, torch.arange(m), torch.ones(m), torch.full((m,), weight))
 
@@ -968,7 +981,7 @@ def train_sequences(episodes: list[Episode], config: Config) -> list[TrainSequen
 
 
 class StepLost(memory.DoesNotFit):
-    """Memory ran out between two steps of a run: the weights are those of neither, and must not be saved."""
+    """Memory ran out when part of a step had already changed weights: they must not be saved."""
 
 
 MOST_APART = 0.2  # nats; bfloat16 alone makes 0.03 between two engines
@@ -1218,11 +1231,8 @@ def optimizer_step(optimizer, sums: dict[str, float], max_grad_norm: float) -> d
 
 
 def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str | None, rate: float) -> dict:
-    """One line of metrics.jsonl, but for the timings. Values that the step did not have are null."""
+    """Of one line of metrics.jsonl what comes from answers and update; null is what the step did not have."""
     mean = statistics.fmean
-    groups: dict[int, set] = {}
-    for e in episodes:
-        groups.setdefault(e.group, set()).add(e.advantage)
     entropies = [entropy for e in episodes for entropy in e.completion.entropies if math.isfinite(entropy)]
     return {
         "step": step,
@@ -1231,8 +1241,6 @@ def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str
         "accuracy": mean([is_solved(e) for e in episodes]),
         "completion_length": mean([len(e.completion.ids) for e in episodes]),
         "truncated_fraction": mean([not e.completion.finished for e in episodes]),
-        "groups_drawn": len(groups),
-        "groups_without_spread": mean([advantages == {0.0} for advantages in groups.values()]),
         "entropy": mean(entropies or [0.0]),
         **{name: learned.get(name) for name in (*LEARNED, "bad_updates", "updates")},
         "learning_rate": rate,
@@ -1261,23 +1269,24 @@ def evaluate(run: "Run") -> dict:
     return {**result, "shown": shown}
 
 
-def cold_start(policy: Policy, optimizer, limits, examples: list[dict], steps: int, rate: float,
-               batch_size: int, rng: random.Random) -> None:
+def cold_start(run: "Run") -> None:
     """Supervised steps on demonstrations: the mean log-probability of their tokens is raised.
 
     It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
     """
-    encode = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
+    config, tokenizer, rng = run.config, run.policy.tokenizer, random.Random(run.config.seed)
+    steps, optimizer = config.cold_start_steps, new_optimizer(run.policy, config, config.cold_start_lr, 0.0)
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     bar = tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal())
     for step in bar:
-        batch = [rng.choice(examples) for _ in range(batch_size)]
-        answers = [encode(data.demonstration(e, rng)) + [policy.tokenizer.eos_token_id] for e in batch]
+        batch = [rng.choice(run.examples) for _ in range(config.cold_start_batch)]
+        answers = [encode(data.demonstration(e, rng)) for e in batch]
         tokens = sum(map(len, answers))
         sequences = [TrainSequence.whole(e["prompt_ids"], x, 1 / tokens) for e, x in zip(batch, answers)]
-        set_learning_rate(optimizer, rate * (1 - step / steps))
+        set_learning_rate(optimizer, config.cold_start_lr * (1 - step / steps))
         mine = memory.share(sequences, [len(s) for s in sequences])
-        sums = until_it_fits(partial(compute_gradients, policy, limits, mine, tokens, 1.0),
-                             limits, "update", longest=max(map(len, mine), default=0))
+        sums = until_it_fits(partial(compute_gradients, run.policy, run.limits, mine, tokens, 1.0),
+                             run.limits, "update", longest=max(map(len, mine), default=0))
         loss = f"{optimizer_step(optimizer, sums, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
         bar.set_postfix(loss=loss)
         if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
@@ -1302,8 +1311,9 @@ class Run:
     policy: Policy
     examples: list[dict]
     heldout: list[dict]
-    # Prompts' token ids -> Completions, with the keywords that `rollout` gives. One that returns no entropies
-    # is another engine: compare_with_sampler computes them, and the importance of each token.
+    # (prompts' token ids, and `rollout`'s keywords) -> Completions, one prompt's after another's, drawn by
+    # `uniform` alone, so that a run repeats. One that returns no entropies is another engine, whose
+    # log-probabilities differ: compare_with_sampler computes the update's, and the importance of each token.
     sampler: Callable
     score: Callable  # examples, texts -> rewards and their parts; see `scorer`
     # sequences -> log-probabilities of their tokens that count
@@ -1316,7 +1326,7 @@ class Run:
     step: int = 0
     bad_steps: int = 0  # in a row
     drawn: int = 0  # examples that the steps so far have used
-    random_state: Tensor | None = None  # of the generator, after them
+    random_state: Tensor | None = None  # of the generator after them; a step that fails may have drawn more
     evaluations: list[dict] = field(default_factory=list)  # step, accuracy, pass@k
 
     progress: ClassVar = ("before", "step", "bad_steps", "drawn", "random_state", "evaluations")
@@ -1368,6 +1378,8 @@ def open_run(config: Config) -> Run | None:
     if config.report_to != "none":
         data.import_service(config.report_to)  # refused now, where it is missing
     device = find_device(config.device)
+    if config.sampler == "own":  # vLLM's sleep can't have it
+        memory.let_segments_grow()
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
         raise InputError("the ranks were given different settings; start all with the same command line")
@@ -1395,7 +1407,7 @@ def open_run(config: Config) -> Run | None:
         memory.keep_freed_memory()
     else:
         try:
-            memory.prepare_cuda(dtype, expandable=config.sampler == "own")
+            memory.check_cuda(dtype)
         except ValueError as error:
             raise InputError(str(error)) from error
     state = data.load_state(checkpoint) if checkpoint else None
@@ -1547,9 +1559,7 @@ def start(run: Run) -> None:
     config = run.config
     if config.cold_start_steps and not config.eval_only:
         say(f"cold start: {config.cold_start_steps} supervised steps")
-        cold_start(run.policy, new_optimizer(run.policy, config, config.cold_start_lr, 0.0), run.limits,
-                   run.examples, config.cold_start_steps, config.cold_start_lr, config.cold_start_batch,
-                   random.Random(config.seed))
+        cold_start(run)
         if run.reference:
             run.reference.refresh()
     if config.reference_url and not config.eval_only:
@@ -1615,7 +1625,7 @@ def train(config: Config) -> dict:
     stopped_by: int | str | None = None
     saved_at = time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
-               disable=not data.has_terminal() or memory.my_rank()[0] > 0)
+               disable=not data.has_terminal())
     settings = dataclasses.asdict(config)
     with (stop_requests(run) as signals,
           closing(data.Dashboard(config.report_to, run.folder, settings, run.step)) as dashboard):

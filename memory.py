@@ -1157,10 +1157,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, largest_allowed)
 
 
-def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
-    """Called before CUDA starts. Raises ValueError when the GPU can't compute in this dtype as needed."""
-    if expandable:  # rollout and update take turns: segments that grow leave no holes that fit neither
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+def let_segments_grow() -> None:
+    """Before CUDA starts: rollout and update take turns, and segments that grow leave no holes between them
+    that fit neither."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def check_cuda(dtype: torch.dtype) -> None:
+    """Raises ValueError when the GPU can't compute in this dtype as needed."""
     if not torch.cuda.is_available():  # a plan for a card that isn't there
         return
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):

@@ -35,12 +35,15 @@ def round_weights() -> None:
 
 def run(folder: Path, **settings) -> tuple[dict, list[dict]]:
     """One run, or what is left of it to do, in `folder`: its summary and its metrics."""
-    if not (folder / "summary.json").exists():
-        g.train(g.make_config("tiny", output_dir=str(folder.parent), name=folder.name, **settings,
-                              resume="latest" if folder.exists() else None))
+    done = folder / "summary.json"
+    if not done.exists() or json.loads(done.read_text())["stopped_by"] is not None:
+        summary = g.train(g.make_config("tiny", output_dir=str(folder.parent), name=folder.name, **settings,
+                                        resume="latest" if folder.exists() else None))
+        if summary["stopped_by"] is not None:
+            sys.exit("the same command goes on with it")
     steps = folder / "metrics.jsonl"  # the cold start has none
     lines = steps.read_text().splitlines() if steps.exists() else []
-    return json.loads((folder / "summary.json").read_text()), [json.loads(line) for line in lines]
+    return json.loads(done.read_text()), [json.loads(line) for line in lines]
 
 
 def main() -> None:

@@ -64,6 +64,8 @@ def test_help_lists_every_flag_in_a_group(capsys):
     ({"ratio": "group"}, "token, answer"), ({"surrogate": "ppo"}, "clip, cispo"),
     ({"refill_rounds": -1}, "at least 0"), ({"warmup_steps": -1}, "at least 0"),
     ({"overlong_buffer": 9, "max_new_tokens": 8}, "at most --max-new-tokens, 8"),
+    ({"reward_model_weight": math.nan}, "--reward-model-weight nan: must be finite"),
+    ({"reward": []}, "name at least one"),
     ({"sampler": "sglang"}, "own, vllm"), ({"importance_cap": -1.0}, "at least 0"),
     ({"reference_url": "http://x", "cold_start_steps": 0}, "--reference-url http://x: .*give --beta above 0"),
     ({"reference_url": "http://x", "beta": 0.1}, "--cold-start-steps 0"),  # tiny has one
@@ -153,6 +155,11 @@ def test_token_weights_are_the_three_averages(lengths):
 def test_an_unknown_aggregation_is_refused():
     with pytest.raises(g.InputError, match="'token', 'sequence'"):
         g.token_weights(torch.tensor([3]), "mean")
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_where_every_answer_was_left_out_there_is_no_weight(aggregation):
+    assert g.token_weights(torch.tensor([], dtype=torch.long), aggregation, max_new_tokens=8).shape == (0,)
 
 
 @given(
@@ -537,6 +544,9 @@ def test_sampling_refuses_what_it_would_get_wrong():
     with pytest.raises(g.InputError, match="window 8"):
         g.refuse_short_windows(mistral, 10)
     g.refuse_short_windows(mistral, 8)
+    text = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2}
+    with pytest.raises(g.InputError, match="window 8"):  # the text model of one that sees images as well
+        g.refuse_short_windows(transformers.Gemma3Config(text_config=text), 10)
     g.refuse_short_windows(transformers.MistralConfig(sliding_window=None), 10)
 
 

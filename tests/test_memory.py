@@ -5,7 +5,6 @@ import http.server
 import io
 import json
 import math
-import os
 import socket
 import struct
 import threading
@@ -1044,13 +1043,11 @@ def test_a_card_that_cannot_compute_in_a_dtype_is_refused_with_what_to_use(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     if told:
         with pytest.raises(ValueError, match=told):
-            memory.prepare_cuda(dtype)
+            memory.check_cuda(dtype)
     else:
-        memory.prepare_cuda(dtype)
-    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+        memory.check_cuda(dtype)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -971,6 +971,16 @@ def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_rea
         assert "494.0 M parameters" in out and "bfloat16" in out and "KV cache" in out
 
 
+def test_segments_may_grow_before_the_ranks_have_their_gpus_but_not_beside_vllm(monkeypatch):
+    seen, name = [], "PYTORCH_ALLOC_CONF"
+    monkeypatch.setattr(g.memory, "join_ranks", lambda device: seen.append(os.environ.get(name)))
+    for sampler, expected in (("vllm", None), ("own", "expandable_segments:True")):
+        monkeypatch.setenv(name, "")  # so that it is taken away again
+        monkeypatch.delenv(name)
+        g.open_run(g.make_config("tiny", sampler=sampler, plan_only=True))
+        assert seen.pop() == expected
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Dashboards
 
