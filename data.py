@@ -106,7 +106,7 @@ def asked_example(text: str, prompt_format: str) -> dict:
         example = json.loads(text)
     if isinstance(example, dict):
         if "prompt" in example:
-            return example
+            return make_example(example, "", "--ask")
         try:
             return {**example, "prompt": PROMPTS[prompt_format](example)}
         except (KeyError, TypeError) as error:
@@ -497,6 +497,10 @@ class RewardModel:
     def scores(self, answers: list[tuple[str | list[dict], str]], batch_size: int = 16) -> list[float]:
         """One score for each (prompt, completion); chats go through the model's template, if it has one."""
         rows = [encode_prompt(self.tokenizer, prompt, completion) for prompt, completion in answers]
+        context = getattr(self.model.config, "max_position_embeddings", math.inf)
+        if (longest := max(map(len, rows))) > context:
+            raise InputError(f"--reward-model: a prompt with its answer has {longest} tokens, its context "
+                             f"is {context}; lower --max-new-tokens, or use another one")
         found = []
         self.model.to(self.device)
         try:
@@ -519,9 +523,14 @@ def refuse_folder(folder: Path, new: bool) -> None:
     """Raises InputError when a run can't write to its folder, or a new one would write over another."""
     if new and folder.exists():
         raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
-    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    nearest = nearest_folder(folder)
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise InputError(f"--output-dir {folder.parent}: {nearest} can't be written to; choose another")
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself or, until it is made, the one below which it will be."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
 def bytes_in(folder: Path) -> int:
@@ -536,8 +545,8 @@ def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, checkpoin
     """
     if not first_rank():
         return
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    room, checkpoint = shutil.disk_usage(nearest).free + bytes_in(folder), model_bytes + state_bytes
+    room = shutil.disk_usage(nearest_folder(folder)).free + bytes_in(folder)
+    checkpoint = model_bytes + state_bytes
     least, whole = model_bytes + checkpoint * bool(checkpoints), 2 * model_bytes + checkpoint * checkpoints
     if room < least:
         raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ "
@@ -559,7 +568,7 @@ def make_room(folder: Path, needed: int) -> None:
 
 def first_rank() -> bool:
     """Of the processes that torchrun started, the first one writes files and talks."""
-    return "LOCAL_RANK" not in os.environ or os.environ["RANK"] == "0"
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
@@ -746,7 +755,8 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
     none, but None for `latest` of a named run: it starts, and whoever restarts it needs no other command."""
     place = Path(resume)
     if resume == "latest":
-        found = [c for run in Path(output_dir).glob(name or "*") for c in checkpoints(run)[-1:]]
+        runs = [Path(output_dir, name)] if name else Path(output_dir).glob("*")
+        found = [c for run in runs for c in checkpoints(run)[-1:]]
     else:
         found = [place] if (place / STATE).is_file() else checkpoints(place)[-1:]
     if not found and resume == "latest" and name:

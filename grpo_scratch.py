@@ -281,7 +281,7 @@ def check_config(config: Config) -> None:
                 refuse(f.name, f"must be {' and '.join([*must, 'finite'])}")
     if len(config.adam_betas) != 2:
         refuse("adam_betas", "give two numbers")
-    if not (config.reward or config.reward_model):
+    if not (config.reward or config.reward_model or config.ask):
         refuse("reward", "name at least one")
     if config.overlong_buffer > config.max_new_tokens:
         refuse("overlong_buffer", f"must be at most --max-new-tokens, {config.max_new_tokens}")
@@ -298,6 +298,9 @@ def check_config(config: Config) -> None:
     planned_for = config.plan_only and config.memory_budget_gib
     if config.device == "cuda" and not torch.cuda.is_available() and not planned_for:
         refuse("device", "torch sees no CUDA device; use --device cpu, or check the driver")
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if find_device(config.device) == "cuda" and local_rank >= max(gpus, 1):
+        refuse("device", f"torchrun starts more processes than there are GPUs, {gpus}")
     if config.prompt_format is not None:
         formats = [name for name in data.PROMPTS if ("gsm8k" in name) == (config.task == "gsm8k")]
         if config.task in data.PROMPTS and config.prompt_format not in formats:
@@ -1004,21 +1007,29 @@ def update(
     """
     tokens = sum(len(s.counted) for s in sequences)
     sequences = memory.share(sequences, [len(s) for s in sequences])
-    if reference is not None:
+
+    def ask_reference() -> list:
         for sequence, logprobs in zip(sequences, reference(sequences)):
             sequence.ref_logprobs = logprobs
-    records = []
-    for number in range(config.updates_per_batch):
-        sums = until_it_fits(
+        return []
+
+    def gradients(first: bool) -> list[dict]:
+        return [until_it_fits(
             partial(compute_gradients, policy, limits, sequences, tokens,
                     config.loss_temperature or config.temperature,
-                    become_old=number == 0 and config.updates_per_batch > 1, ratio=config.ratio,
+                    become_old=first and config.updates_per_batch > 1, ratio=config.ratio,
                     surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
                     beta=config.beta),
             limits, "update", longest=max(map(len, sequences), default=0),
-            gives_up=StepLost if number else memory.DoesNotFit,
-        )
-        records.append(optimizer_step(optimizer, sums, config.max_grad_norm))
+            gives_up=memory.DoesNotFit if first else StepLost,
+        )]
+
+    if reference is not None:
+        memory.gather(ask_reference)  # what goes wrong on one rank, all are told
+    records = []
+    for number in range(config.updates_per_batch):
+        parts = memory.gather(partial(gradients, number == 0))
+        records.append(optimizer_step(optimizer, parts, config.max_grad_norm))
     metrics = {"updates": records if len(records) > 1 else None,
                "bad_updates": sum(None in record.values() for record in records)}
     for name in LEARNED:
@@ -1206,14 +1217,14 @@ def grpo_loss(
     return -(weights * objective).sum(), stats
 
 
-def optimizer_step(optimizer, sums: dict[str, float], max_grad_norm: float) -> dict:
+def optimizer_step(optimizer, parts: list[dict[str, float]], max_grad_norm: float) -> dict:
     """One step on the clipped gradients, which are gone after it; none if a number is not finite.
 
-    Returns `sums`, put together with those of other ranks, and the gradient's norm; None for what is not
-    finite. Raises StepLost when memory runs out, as a step half done can't be made again.
+    Returns what compute_gradients gave, on all ranks, put together, and the gradient's norm; None for what is
+    not finite. Raises StepLost when memory runs out, as a step half done can't be made again.
     """
     record: dict[str, float] = {}
-    for part in memory.gather(lambda: [sums]):
+    for part in parts:
         record |= {name: EXTREMES.get(name, operator.add)(record[name], x) if name in record else x
                    for name, x in part.items()}
     try:
@@ -1276,6 +1287,8 @@ def cold_start(run: "Run") -> None:
     """
     config, tokenizer, rng = run.config, run.policy.tokenizer, random.Random(run.config.seed)
     steps, optimizer = config.cold_start_steps, new_optimizer(run.policy, config, config.cold_start_lr, 0.0)
+    for example in run.examples:  # one without a demonstration is refused before the first step
+        data.demonstration(example, random.Random(0))
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     bar = tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal())
     for step in bar:
@@ -1287,7 +1300,8 @@ def cold_start(run: "Run") -> None:
         mine = memory.share(sequences, [len(s) for s in sequences])
         sums = until_it_fits(partial(compute_gradients, run.policy, run.limits, mine, tokens, 1.0),
                              run.limits, "update", longest=max(map(len, mine), default=0))
-        loss = f"{optimizer_step(optimizer, sums, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
+        parts = memory.gather(partial(list, [sums]))
+        loss = f"{optimizer_step(optimizer, parts, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
         bar.set_postfix(loss=loss)
         if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
             say(f"cold start {step + 1}/{steps} loss {loss}")
@@ -1378,8 +1392,6 @@ def open_run(config: Config) -> Run | None:
     if config.report_to != "none":
         data.import_service(config.report_to)  # refused now, where it is missing
     device = find_device(config.device)
-    if config.sampler == "own":  # vLLM's sleep can't have it
-        memory.let_segments_grow()
     memory.join_ranks(device)
     if len({json.dumps(x) for x in memory.gather(lambda: [dataclasses.asdict(config)])}) > 1:
         raise InputError("the ranks were given different settings; start all with the same command line")
@@ -1407,7 +1419,7 @@ def open_run(config: Config) -> Run | None:
         memory.keep_freed_memory()
     else:
         try:
-            memory.check_cuda(dtype)
+            memory.prepare_cuda(dtype, expandable=config.sampler == "own")
         except ValueError as error:
             raise InputError(str(error)) from error
     state = data.load_state(checkpoint) if checkpoint else None
@@ -1420,6 +1432,8 @@ def open_run(config: Config) -> Run | None:
     if tokenizer.chat_template is None and isinstance(examples[0]["prompt"], list):
         warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
     say(plan.table())
+    if (needed := sum(plan.host.values())) > (free := memory.detect_budget_bytes("cpu")):
+        warn(f"this takes {needed / 1e9:.1f} GB of host memory, of which {free / 1e9:.1f} GB are free")
     if config.plan_only:
         return None
     if not config.eval_only:
@@ -1430,7 +1444,9 @@ def open_run(config: Config) -> Run | None:
         saves = (kept + 1) * bool(config.save_every or config.save_minutes)  # the oldest goes last
         data.refuse_full_disk(folder, plan.parameters * byte, state_bytes, saves)
 
-    if device == "cuda":  # what is beyond the plan is left to cuBLAS and kernels that are loaded late
+    # What is beyond the plan is left to NCCL and to kernels that are loaded late. While vLLM sleeps, torch
+    # goes on counting what vLLM has given back.
+    if device == "cuda" and config.sampler == "own":
         memory.cap_cuda(plan.memory_budget_bytes)
     policy = open_policy(model, tokenizer, dtype=dtype, device=device, seed=config.seed,
                          trust_remote_code=trusted)
@@ -1488,7 +1504,7 @@ def make_plan(
         dtype=dtype, prompts=math.ceil(config.prompts_per_step / ranks), group_size=config.group_size,
         reference=config.beta > 0 and not config.reference_url, offload_optimizer=config.offload_optimizer,
         memory_budget_bytes=min(memory.gather(lambda: [budget])), ranks=ranks,
-        engine=torch.device(device).type if config.sampler == "vllm" else None,
+        device=device, engine=config.sampler == "vllm",
         reward_model_bytes=data.reward_model_bytes(config.reward_model, dtype, config.trust_remote_code),
         top_entropy=config.top_entropy, training=not config.eval_only,
         evaluated=math.ceil(config.eval_examples * max(1, config.eval_samples) / ranks),
@@ -1547,7 +1563,8 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
         together = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
         if together and not isinstance(error, StepLost):
             run.save()
-            say(f"saved after step {run.step}; go on with --resume {run.folder}")
+            if (run.folder / f"checkpoint-{run.step}").exists():
+                say(f"saved after step {run.step}; go on with --resume {run.folder}")
         raise
     finally:
         for number, handler in previous.items():
@@ -1734,7 +1751,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     code = [x for x in (saved or of_run).get("reward", []) if rewards.is_code(x)]
     if code and not any(x.split("=")[0] == "--reward" for x in arguments):
         told = f"the run's reward is code, {' '.join(code)}; if you trust it, give it again with --reward"
-        if early.ask is None:
+        if early.ask is None or saved:
             raise InputError(told)
         warn(f"{told}; it is left out")
         of_run["reward"] = [x for x in of_run["reward"] if x not in code]

@@ -52,6 +52,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a time: 256 rows of Qwen2.5's
 CPU_FLAGS = Path("/proc/cpuinfo")
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
 TRADED_BYTES = 2**24  # of weights that are on their way between the policy and the reference at a time
 
@@ -812,7 +813,7 @@ class ReferenceServer:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
         )
-        if token := os.environ.get("GRPO_REFERENCE_TOKEN"):
+        if token := os.environ.get("GRPO_REFERENCE_TOKEN", "").strip():
             request.add_unredirected_header("Authorization", f"Bearer {token}")  # for this host alone
         pause, patience_ends = 1.0, time.monotonic() + self.patience_seconds
         while True:
@@ -928,7 +929,7 @@ def until_it_fits(
         torch.cuda.empty_cache()  # nothing on a CPU
 
 
-REWARD_MODEL = "or instead: the reward model"
+REWARD_MODEL = "or instead: the reward model"  # on a CPU: besides
 
 
 @dataclass
@@ -978,18 +979,20 @@ def plan(
     top_entropy: float = 1.0, micro_batch_tokens: int | None = None, recomputed_layers: int | None = None,
     max_rows: int | None = None, training: bool = True, evaluated: int = 0, ranks: int = 1,
     reward_model_bytes: int = 0, trust_remote_code: bool = False,
-    engine: Literal["cpu", "cuda"] | None = None,
+    device: Literal["cpu", "cuda"] = "cuda", engine: bool = False,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
     memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. An evaluation
     samples `evaluated` answers; without `training` only sampling is planned. With several `ranks`, it is for
     the one that owns most of the optimizer's state, and prompts, evaluated and budget are a rank's. A reward
-    model's weights (reward_model_bytes) take the sampler's place while it scores. With `engine`, vLLM samples
-    there, with weights and a KV cache of its own: on CUDA it sleeps in the update and holds nothing, on a CPU
-    it can't. micro_batch_tokens, recomputed_layers and max_rows are choices: those given are kept, the others
-    made, with as many sampler rows as fit and the micro-batch and recomputation of least work. It needs only
-    the config, of a decoder built like Llama or Qwen, and assumes a loop that uses all of this file,
+    model's weights (reward_model_bytes) take the sampler's place while it scores. With `engine`, vLLM
+    samples, with weights and a KV cache of its own: on CUDA it sleeps in the update and holds nothing, on a
+    CPU it can't. On a CPU what would rest in host memory counts too.
+
+    micro_batch_tokens, recomputed_layers and max_rows are choices: those given are kept, the others made,
+    with as many sampler rows as fit and the micro-batch and recomputation of least work. It needs only the
+    config, of a decoder built like Llama or Qwen, and assumes a loop that uses all of this file,
     token_logprobs with into_weight_grad.
     Raises DoesNotFit, in one line that names the flag that would help.
     """
@@ -1098,10 +1101,17 @@ def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> 
         own = {"vLLM: weights": byte * parameters, f"vLLM: KV cache, {rows} rows": kv_cache}
         # Logits, probabilities and exponential noise in float32; a prefill is of 8,192 tokens by default.
         sampler = {"vLLM: logits or prefill": max(12 * rows * vocab, 2**13 * 3 * byte * inner)}
-        held, sampler = (held | own, sampler) if wanted.engine == "cpu" else (held, own | sampler)
+        held, sampler = (held | own, sampler) if wanted.device == "cpu" else (held, own | sampler)
+    host, reward_model = {}, {REWARD_MODEL: wanted.reward_model_bytes} if wanted.reward_model_bytes else {}
+    if wanted.training and wanted.reference:
+        host["reference policy"] = wanted.host_reference
+    if wanted.training and offload:
+        host["optimizer"] = wanted.host_optimizer
+    if wanted.device == "cpu":
+        held, host, reward_model = held | host | reward_model, {}, {}
     return MemoryPlan(
         held=held,
-        rollout=sampler | ({REWARD_MODEL: wanted.reward_model_bytes} if wanted.reward_model_bytes else {}),
+        rollout=sampler | reward_model,
         update={
             "gradients, float32": 4 * parameters,
             f"activations, {tokens} tokens, {recomputed} of {layers} layers again":
@@ -1115,8 +1125,7 @@ def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> 
             "or instead: the optimizer's step":
                 16 * OPTIMIZER_SLICE + (wanted.largest_state if offload else 0),
         } if wanted.training else {},
-        host={"reference policy": wanted.host_reference if wanted.reference else 0,
-              "optimizer": wanted.host_optimizer if offload else 0} if wanted.training else {},
+        host=host,
         limits=Limits(rows, tokens, recomputed, layers),
         parameters=parameters,
         memory_budget_bytes=wanted.memory_budget_bytes,
@@ -1157,14 +1166,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, largest_allowed)
 
 
-def let_segments_grow() -> None:
-    """Before CUDA starts: rollout and update take turns, and segments that grow leave no holes between them
-    that fit neither."""
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def check_cuda(dtype: torch.dtype) -> None:
-    """Raises ValueError when the GPU can't compute in this dtype as needed."""
+def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
+    """Called before anything is on the GPU. Raises ValueError when it can't compute in this dtype."""
+    if expandable and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Rollout and update take turns: segments that grow leave no holes that fit neither. The variable is
+        # read when CUDA starts, which bitsandbytes does when it is imported: too early for this.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     if not torch.cuda.is_available():  # a plan for a card that isn't there
         return
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
@@ -1194,6 +1201,8 @@ def detect_budget_bytes(device: torch.device | str) -> int:
             available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, ValueError):  # a container may have less; "max": it has all
+        available = min(available, int(CONTAINER_LIMIT.read_text()))
     return int(0.8 * available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share it
 
 

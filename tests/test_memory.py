@@ -920,6 +920,20 @@ def test_a_reward_model_takes_the_samplers_place():
         plan(HALF_B, 12 * 10**9, reward_model_bytes=20 * 10**9)
 
 
+def test_on_a_cpu_what_rests_in_host_memory_counts_and_offloading_is_no_advice():
+    rests = {"offload_optimizer": True, "reward_model_bytes": 10**9}
+    gpu, cpu = (plan(HALF_B, device=device, **rests) for device in ("cuda", "cpu"))
+    resting = gpu.host["reference policy"] + gpu.host["optimizer"] + 10**9
+    assert cpu.host == {} and cpu.update_peak_bytes == gpu.update_peak_bytes + resting
+    least = plan(HALF_B, device="cpu", micro_batch_tokens=1174, recomputed_layers=24, max_rows=1)
+    tight = max(least.update_peak_bytes, least.rollout_peak_bytes) - 10**8
+    for device, advice in (("cuda", "--offload-optimizer"), ("cpu", "a smaller --model")):
+        with pytest.raises(memory.DoesNotFit) as refused:
+            plan(HALF_B, tight - (10**9 if device == "cuda" else 0), device=device)
+        assert advice in str(refused.value)
+        assert device == "cuda" or "offload" not in str(refused.value)
+
+
 def test_more_memory_is_used_for_less_work():
     made = [plan(HALF_B, int(gb * 1e9)) for gb in (6.5, 8, 10, 12, 24)]
     assert all(p.fits for p in made)
@@ -935,7 +949,8 @@ def test_more_memory_is_used_for_less_work():
 def test_an_engine_has_weights_and_cache_of_its_own_and_sleeps_only_on_a_gpu():
     weights = 494_032_768 * 2
     without, sleeps, stays = (
-        plan(HALF_B, max_rows=64, engine=engine) for engine in (None, "cuda", "cpu")
+        plan(HALF_B, max_rows=64, reference=False, engine=engine, device=device)
+        for engine, device in ((False, "cuda"), (True, "cuda"), (True, "cpu"))
     )
     episode = 1280  # 256 + 1024, whole blocks; 12 KB a token
     assert sleeps.kv_cache_bytes == stays.kv_cache_bytes == 65 * episode * 24 * 2 * 2 * 64 * 2
@@ -984,6 +999,16 @@ def test_the_budget_of_a_cpu_is_below_its_memory():
     with open("/proc/meminfo") as lines:
         total = 1024 * int(next(lines).split()[1])
     assert 0.01 * total < memory.detect_budget_bytes("cpu") < total
+
+
+@pytest.mark.parametrize("limit, budget", [("1000000\n", 800_000), ("max\n", None), (None, None)])
+def test_a_containers_limit_is_the_cpus_memory(limit, budget, tmp_path, monkeypatch):
+    everything = memory.detect_budget_bytes("cpu")
+    monkeypatch.setattr(memory, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    if limit:
+        (tmp_path / "memory.max").write_text(limit)
+    now = memory.detect_budget_bytes("cpu")
+    assert now == (budget or pytest.approx(everything, rel=0.2))
 
 
 # --- when memory runs out --------------------------------------------------------------------------------
@@ -1045,9 +1070,9 @@ def test_a_card_that_cannot_compute_in_a_dtype_is_refused_with_what_to_use(
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     if told:
         with pytest.raises(ValueError, match=told):
-            memory.check_cuda(dtype)
+            memory.prepare_cuda(dtype)
     else:
-        memory.check_cuda(dtype)
+        memory.prepare_cuda(dtype)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

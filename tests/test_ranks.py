@@ -518,6 +518,27 @@ def test_a_reward_that_raises_on_one_rank_ends_all_with_its_message_once_and_the
     assert [data.step_of(path) for path in saved] == ["2"]
 
 
+def run_whose_reference_goes_away(folder):
+    real, asked = memory.ReferencePolicy.__call__, []
+
+    def on_rank_1_only_twice(self, sequences):
+        asked.append(1)
+        if memory.my_rank()[0] == 1 and len(asked) > 2:
+            raise memory.NoReference("the reference server is away")
+        return real(self, sequences)
+
+    memory.ReferencePolicy.__call__ = on_rank_1_only_twice
+    sys.argv[1:] = endless(folder, "--beta", "0.1", "--save-every", "0")
+    g.main()
+
+
+def test_a_reference_that_goes_away_from_one_rank_ends_all_with_the_steps_saved(tmp_path):
+    codes, said = together(run_whose_reference_goes_away, 2, tmp_path)
+    assert codes == [2, 2]
+    assert said.count("error: the reference server is away") == 1
+    assert [data.step_of(path) for path in data.checkpoints(tmp_path / "run")] == ["2"]
+
+
 def test_torchrun_starts_goes_on_after_a_rank_was_killed_and_a_stop_saves(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",

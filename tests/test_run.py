@@ -313,6 +313,9 @@ def test_resume_refuses_what_contradicts_the_checkpoint_and_lists_what_may_chang
     assert g.parse_command_line([*resume, "--steps", "3"]).steps == 3
     with pytest.raises(g.InputError, match="no whole checkpoint"):
         g.parse_command_line(["--resume", str(tmp_path / "nowhere")])
+    (tmp_path / "run").rename(tmp_path / "lr[1e-5]")  # a name, and no pattern
+    assert g.parse_command_line([*resume, "--name", "lr[1e-5]"]).resume.endswith("lr[1e-5]/checkpoint-1")
+    assert g.parse_command_line([*resume, "--name", "lr*"]).resume == "latest"  # that run is a new one
 
 
 def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
@@ -329,6 +332,8 @@ def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
     with pytest.raises(g.InputError, match="the run's reward is code"):  # without a function too
         g.parse_command_line(resume)
     torch.save(saved, state)
+    with pytest.raises(g.InputError, match="the run's reward is code"):
+        g.parse_command_line([*resume, "--ask", "x"])
     config = g.parse_command_line([*resume, "--reward", *reward])
     assert config.trust_remote_code is False  # to be given anew, too
     torch.save({"config": subprocess.Popen}, state)  # a pickle that names code
@@ -894,6 +899,11 @@ def test_a_reward_model_adds_its_score_to_each_answer(tmp_path, qwen2_folder):
         assert record["parts"]["reward_model"] == pytest.approx(alone, abs=1e-4)
         rules = record["parts"]["countdown_equation"] + 0.1 * record["parts"]["countdown_format"]
         assert record["reward"] == pytest.approx(rules + 2.0 * alone, abs=1e-3)
+    config.max_position_embeddings = 20
+    config.save_pretrained(tmp_path / "judge")
+    short = data.RewardModel(str(tmp_path / "judge"), dtype=torch.float32, device="cpu")
+    with pytest.raises(g.InputError, match="has 30 tokens, its context is 20; lower --max-new-tokens"):
+        short.scores([("a" * 20, "b" * 10)])
     with pytest.raises(g.InputError, match="single label"):
         transformers.Qwen2ForSequenceClassification(
             transformers.Qwen2Config.from_pretrained(qwen2_folder, num_labels=3)
@@ -971,14 +981,30 @@ def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_rea
         assert "494.0 M parameters" in out and "bfloat16" in out and "KV cache" in out
 
 
-def test_segments_may_grow_before_the_ranks_have_their_gpus_but_not_beside_vllm(monkeypatch):
-    seen, name = [], "PYTORCH_ALLOC_CONF"
-    monkeypatch.setattr(g.memory, "join_ranks", lambda device: seen.append(os.environ.get(name)))
-    for sampler, expected in (("vllm", None), ("own", "expandable_segments:True")):
-        monkeypatch.setenv(name, "")  # so that it is taken away again
-        monkeypatch.delenv(name)
-        g.open_run(g.make_config("tiny", sampler=sampler, plan_only=True))
-        assert seen.pop() == expected
+@pytest.mark.parametrize("sampler, variable, expected", [
+    ("own", None, ["expandable_segments:True"]), ("vllm", None, []),
+    ("own", "PYTORCH_ALLOC_CONF", []), ("own", "PYTORCH_CUDA_ALLOC_CONF", []),
+])
+def test_segments_may_grow_unless_vllm_or_the_user_has_it_otherwise(monkeypatch, sampler, variable, expected):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:512")
+    told = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    g.open_run(g.make_config("tiny", device="cuda", memory_budget_gib=12, sampler=sampler, plan_only=True))
+    assert told == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in ("1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        if rank == "1":
+            g.make_config("tiny", device="cuda")
+    with pytest.raises(g.InputError, match="more processes than there are GPUs, 2"):
+        g.make_config("tiny", device="cuda")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1110,6 +1136,8 @@ def test_ask_prints_the_greedy_answer_of_a_runs_model(tmp_path, monkeypatch, cap
     assert (out, code) == ("", 2) and "(KeyError: 'target')" in err
     out, err, code = ask(monkeypatch, capsys, "--ask", '{"nums": 5, "target": 3}', *model_flag)
     assert (out, code) == ("", 2) and "no prompt can be made of it (TypeError" in err
+    out, err, code = ask(monkeypatch, capsys, *model_flag, "--ask", typed='{"prompt": 5}\n{"prompt": []}\n')
+    assert (out, code) == ("", 0) and err.count("prompt must be text or a list of") == 2
     assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing is written
 
 
