@@ -1,10 +1,11 @@
 """GRPO on a pretrained model: a blind cold start, then each algorithm at each rate, on two-number Countdown.
 
-    .venv/bin/python tests/bench_real.py --model FOLDER --rates 3e-6 --picture assets/real.png
+    .venv/bin/python tests/bench_real.py --model FOLDER --rates 1e-6 3e-6 --picture assets/real.png
 
-An hour or more a run on two cores. The runs stay in --output-dir: one that was stopped goes on, one that is
-done is only read. Held out are pairs of numbers, so that what is learned is which operator hits a target.
-`--masters off` rounds every weight to bfloat16 after each step, as training without float32 masters does.
+Hours a run on two cores. The runs stay in --output-dir: one that was stopped goes on, one that is done is
+only read, and with --read none is trained. Held out are pairs of numbers, so that what is learned is which
+operator hits a target. `--masters off` rounds every weight to bfloat16 after each step, as training without
+float32 masters does.
 """
 
 import argparse
@@ -33,10 +34,10 @@ def round_weights() -> None:
     memory.AdamW8bit.step = step
 
 
-def run(folder: Path, **settings) -> tuple[dict, list[dict]]:
+def run(folder: Path, read: bool, **settings) -> tuple[dict, list[dict]]:
     """One run, or what is left of it to do, in `folder`: its summary and its metrics."""
     done = folder / "summary.json"
-    if not done.exists() or json.loads(done.read_text())["stopped_by"] is not None:
+    if not read and not (done.exists() and json.loads(done.read_text())["stopped_by"] is None):
         summary = g.train(g.make_config("tiny", output_dir=str(folder.parent), name=folder.name, **settings,
                                         resume="latest" if folder.exists() else None))
         if summary["stopped_by"] is not None:
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/real"))
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--read", action="store_true", help="only tell of the runs that are there")
     asked = parser.parse_args()
     if asked.masters == "off":
         round_weights()
@@ -66,15 +68,16 @@ def main() -> None:
     curves, rows = {}, []
     for seed in asked.seeds:
         start = asked.output_dir / f"start-{seed}"
-        run(start, **common, seed=seed, model=str(asked.model), steps=0, cold_start_steps=12,
+        run(start, asked.read, **common, seed=seed, model=str(asked.model), steps=0, cold_start_steps=12,
             cold_start_lr=2e-5, cold_start_batch=16)
         for recipe in asked.recipes:
             for rate in asked.rates:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
                 summary, metrics = run(
-                    asked.output_dir / f"{name}-{seed}", **common, **algorithms()[recipe], seed=seed,
-                    model=str(start / "final"), steps=asked.steps, cold_start_steps=0, eval_every=10,
-                    learning_rate=rate, prompts_per_step=asked.prompts, micro_batch_tokens=1024)
+                    asked.output_dir / f"{name}-{seed}", asked.read, **common, **algorithms()[recipe],
+                    seed=seed, model=str(start / "final"), steps=asked.steps, cold_start_steps=0,
+                    eval_every=10, learning_rate=rate, prompts_per_step=asked.prompts,
+                    micro_batch_tokens=1024)
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
                 rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
                 curves[f"{name}, seed {seed}"] = tuple(zip(*points))
