@@ -244,6 +244,8 @@ def save_inputs(folder: str, asked) -> None:
         model = data.load_policy(name, tokenizer, dtype=torch.float32, device="cpu").model
         examples, _ = data.load_task(task, train_examples=wanted, eval_examples=1, seed=0)
         examples = [examples[i % len(examples)] for i in range(wanted)]
+        if tokenizer.chat_template is None:  # of a base model; TRL takes its prompts as text
+            examples = [{"prompt": "\n".join(m["content"] for m in x["prompt"])} for x in examples]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (Path(folder) / "examples.json").write_text(json.dumps(examples))
