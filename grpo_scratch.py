@@ -281,7 +281,7 @@ def check_config(config: Config) -> None:
                 refuse(f.name, f"must be {' and '.join([*must, 'finite'])}")
     if len(config.adam_betas) != 2:
         refuse("adam_betas", "give two numbers")
-    if not (config.reward or config.reward_model or config.ask):
+    if config.ask is None and not (config.reward or config.reward_model):
         refuse("reward", "name at least one")
     if config.overlong_buffer > config.max_new_tokens:
         refuse("overlong_buffer", f"must be at most --max-new-tokens, {config.max_new_tokens}")

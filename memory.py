@@ -929,7 +929,7 @@ def until_it_fits(
         torch.cuda.empty_cache()  # nothing on a CPU
 
 
-REWARD_MODEL = "or instead: the reward model"  # on a CPU: besides
+REWARD_MODEL = "or instead: the reward model"
 
 
 @dataclass
@@ -1108,7 +1108,8 @@ def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> 
     if wanted.training and offload:
         host["optimizer"] = wanted.host_optimizer
     if wanted.device == "cpu":
-        held, host, reward_model = held | host | reward_model, {}, {}
+        held |= host | ({"reward model": wanted.reward_model_bytes} if reward_model else {})
+        host, reward_model = {}, {}
     return MemoryPlan(
         held=held,
         rollout=sampler | reward_model,

@@ -1153,6 +1153,7 @@ def test_ask_uses_the_text_as_it_stands_for_a_task_from_a_file_and_runs_no_code(
     with pytest.raises(g.InputError, match="the run's reward is code"):  # where it is the very thing
         g.parse_command_line(["--eval-only", *arguments[2:]])
     assert data.asked_example("Write 2 a's:", config.task) == {"prompt": "Write 2 a's:"}
+    assert g.parse_command_line([*arguments[2:], "--ask"]).reward == []  # to be asked line by line
     out, err, code = ask(monkeypatch, capsys, *arguments, "--reward", *own_task["reward"])
     assert code == 0 and "(my_rewards.many " in out and "warning" not in err
 
