@@ -102,7 +102,7 @@ def asked_example(text: str, prompt_format: str) -> dict:
     Where the format is none of PROMPTS, as for a task from a file, the text is the prompt as it stands.
     """
     example = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         example = json.loads(text)
     if isinstance(example, dict):
         if "prompt" in example:
@@ -337,7 +337,7 @@ def read_jsonl(path: Path) -> list[dict]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)  # as UTF-8
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 row = str(error)
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}: not a JSON object ({row!r:.80}); write one on "
@@ -572,7 +572,10 @@ def first_rank() -> bool:
 
 
 def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
-    """Make a run's folder, or go back in it to what a checkpoint of that step knows; returns its metrics."""
+    """Make a run's folder, or leave in it what a checkpoint of that step knows; returns its metrics.
+
+    Later checkpoints are renamed, and a `best/` of a later step: they belong to the course that was left.
+    """
     if not first_rank():
         return []
     folder.mkdir(parents=True, exist_ok=True)
@@ -583,7 +586,22 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
         elif old.exists():
             old.rename(folder / name)  # it was killed between the two renames of save_folder
     write_json(folder / "config.json", config)
-    return go_back_to(folder, step)
+    steps = {c: int(step_of(c)) for c in checkpoints(folder)}
+    steps[folder / "best"] = best_evaluation(folder)["step"]
+    for later, its_step in steps.items():
+        if its_step > step:
+            aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
+    records = {"samples.jsonl": [], "metrics.jsonl": []}
+    for path in (folder / name for name in records if (folder / name).exists()):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):  # half a line, of a run that was killed here
+                records[path.name].append(json.loads(line))
+        records[path.name] = [record for record in records[path.name] if record["step"] <= step]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(json.dumps(record) + "\n" for record in records[path.name]))
+        beside.replace(path)
+    return records["metrics.jsonl"]
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -768,29 +786,6 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
     return Path(os.path.abspath(newest))  # of `.` too, the parent is the run's folder
 
 
-def go_back_to(folder: Path, step: int) -> list[dict]:
-    """Leave in a run's folder what a checkpoint of that step knows; returns its metrics.
-
-    Later checkpoints are renamed, and a `best/` of a later step: they belong to the course that was left.
-    """
-    steps = {c: int(step_of(c)) for c in checkpoints(folder)}
-    steps[folder / "best"] = best_evaluation(folder)["step"]
-    for later, its_step in steps.items():
-        if its_step > step:
-            aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-            warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
-    records = {"samples.jsonl": [], "metrics.jsonl": []}
-    for path in (folder / name for name in records if (folder / name).exists()):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # half a line, of a run that was killed here
-                records[path.name].append(json.loads(line))
-        records[path.name] = [record for record in records[path.name] if record["step"] <= step]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in records[path.name]))
-        beside.replace(path)
-    return records["metrics.jsonl"]
-
-
 def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
     """What samples.jsonl keeps of a step: the first few prompts with all their completions."""
     return [
@@ -918,6 +913,8 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
     try:
         tqdm.write(message, file=file)
         file.flush()
+    except UnicodeEncodeError:  # a terminal of few letters
+        tqdm.write(message.encode(file.encoding, "backslashreplace").decode(file.encoding), file=file)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
     except OSError:

@@ -239,23 +239,19 @@ def gather(attempt: Callable[[], list]) -> list:
     ranks = my_rank()[1]
     if ranks == 1:
         return attempt()
-    everyone = [None] * ranks
+    everyone, made, own, sent = [None] * ranks, [], None, None
     try:
         made = attempt()
-    except Exception as error:
-        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001  it is raised below, when all know of it
+        own, sent = error, RuntimeError(f"{type(error).__name__}: {error}")
         with suppress(Exception):  # some can be pickled, but not made again from it
             sent = pickle.loads(pickle.dumps(error))
-        dist.all_gather_object(everyone, ([], sent))
-        error.on_all_ranks = True
-        raise
     started = time.monotonic()
-    dist.all_gather_object(everyone, (made, None))
+    dist.all_gather_object(everyone, (made, sent))
     waited_seconds += time.monotonic() - started
-    for _, error in everyone:
-        if error is not None:
-            error.on_all_ranks = True
-            raise error
+    for error in filter(None, [own, *(theirs for _, theirs in everyone)]):
+        error.on_all_ranks = True
+        raise error
     return [x for part, _ in everyone for x in part]
 
 
@@ -730,10 +726,8 @@ class ReferencePolicy:
         """The reference's weights by parameter name, on the host: the tensors themselves, no copies."""
         return dict(self.weights)
 
-    def load_state_dict(self, state_dict: dict[str, Tensor] | None) -> None:
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take over what state_dict() gave. Raises ValueError when it is not of such a model."""
-        if state_dict is None:
-            raise ValueError("its reference was on a server; give --reference-url")
         if {k: x.shape for k, x in state_dict.items()} != {k: x.shape for k, x in self.weights.items()}:
             raise ValueError("ReferencePolicy: the saved weights' names or shapes are not this model's")
         for name, weight in state_dict.items():
@@ -761,12 +755,8 @@ class ReferenceServer:
         self.url, self.tokenizer, self.checked = url.rstrip("/").removesuffix("/v1"), tokenizer, False
         self.patience_seconds, self.stop, self.warn, self.away = patience_seconds, lambda: False, warn, False
         self.requests_at_once = requests_at_once
-        try:
-            served = self._ask("/v1/models")["data"][0]
-            self.model, context = served["id"], served.get("max_model_len") or math.inf
-        except (LookupError, TypeError) as error:
-            raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions does "
-                              f"({error!r}); check --reference-url") from error
+        self.model, context = self._ask("/v1/models", None, lambda answer: (
+            answer["data"][0]["id"], answer["data"][0].get("max_model_len") or math.inf))
         if longest >= context:  # it wants room for a new token, too
             raise NoReference(f"the reference server {url} takes {context - 1} tokens at most, a prompt and "
                               f"its answer may have {longest}; start it with --max-model-len {longest + 1}")
@@ -777,15 +767,15 @@ class ReferenceServer:
         A sequence has `prompt` and `completion` (token ids) and `counted` (int64 [m], into the completion).
         """
         asked = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        requests = [{**asked, "prompt": [*x.prompt, *x.completion]} for x in sequences]
+
+        def ask(x) -> list[dict]:
+            # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the first token's None.
+            read = lambda answer: [entry[str(i)] for i, entry in zip(
+                x.completion, answer["choices"][0]["prompt_logprobs"][len(x.prompt) :], strict=True)]
+            return self._ask("/v1/completions", {**asked, "prompt": [*x.prompt, *x.completion]}, read)
+
         with ThreadPoolExecutor(self.requests_at_once) as pool:  # a server computes together what is there
-            answers = list(pool.map(partial(self._ask, "/v1/completions"), requests))
-        rows = [answer["choices"][0].get("prompt_logprobs") for answer in answers]
-        if not all(rows):
-            raise NoReference(f"the reference server {self.url} gives no prompt_logprobs; use vLLM's")
-        # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the very first token's None.
-        tokens = [[entry[str(i)] for entry, i in zip(row[len(x.prompt) :], x.completion)]
-                  for x, row in zip(sequences, rows)]
+            tokens = list(pool.map(ask, sequences))
         if not self.checked:
             theirs = {i: token["decoded_token"] for x, row in zip(sequences, tokens)
                       for i, token in zip(x.completion, row)}
@@ -799,16 +789,8 @@ class ReferenceServer:
             self.checked = bool(theirs)
         return [torch.tensor([y["logprob"] for y in row])[x.counted] for x, row in zip(sequences, tokens)]
 
-    def check_agreement(self, own: Tensor, theirs: Tensor, limit: float = 0.1) -> None:
-        """Raises NoReference unless log-probabilities [n] of what should be the same model are at most
-        `limit` nats apart on average; bfloat16 makes it about 0.03."""
-        apart = (own.cpu() - theirs).abs().mean().item()
-        if not apart <= limit:
-            raise NoReference(f"the reference server's model {self.model} is not the policy's: a token's log-"
-                              f"probabilities are {apart:.2g} nats apart; serve the model that --model names")
-
-    def _ask(self, path: str, body: dict | None = None) -> dict:
-        """The server's answer to one request, made again while the server is away."""
+    def _ask(self, path: str, body: dict | None, read: Callable):
+        """What `read` takes from the server's answer to one request, made again while the server is away."""
         # The standard library's client: the one that transformers brings changes its name between versions.
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
@@ -819,12 +801,12 @@ class ReferenceServer:
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=self.patience_seconds) as answer:
-                    result = json.load(answer)
+                    result = read(json.load(answer))
                 self.away = False
                 return result
-            except ValueError as error:
-                raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions does "
-                                  f"({error}); check --reference-url") from error
+            except (ValueError, LookupError, TypeError) as error:
+                raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions with "
+                                  f"prompt_logprobs does ({error!r}); check --reference-url") from error
             except (OSError, http.client.HTTPException) as error:
                 trouble, code = error, getattr(error, "code", 500)
             if code < 500 and code not in (408, 429):  # asking again won't help
@@ -843,14 +825,6 @@ class ReferenceServer:
             awake, pause = time.monotonic() + pause, min(2 * pause, 30)
             while time.monotonic() < awake and not self.stop():
                 time.sleep(0.1)
-
-    def state_dict(self) -> None:
-        """What a checkpoint holds of it: nothing."""
-
-    def load_state_dict(self, state_dict: None) -> None:
-        """Raises ValueError when the state is a reference's own weights."""
-        if state_dict is not None:
-            raise ValueError("its reference was not on a server; drop --reference-url")
 
 
 # ---- The plan ----------------------------------------------------------------------------------------------
@@ -1181,12 +1155,6 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     if dtype == torch.float32 and torch.__version__ < "2.15":
         raise ValueError("--dtype float32: with CUDA, this torch's attention would hold a score for each pair"
                          " of tokens; use bfloat16, or torch 2.15 or newer")
-
-
-def cap_cuda(budget_bytes: int) -> None:
-    """Have torch's allocator fail, not the libraries beside it, when more than the budget is asked for."""
-    total = torch.cuda.get_device_properties().total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total))
 
 
 def detect_budget_bytes(device: torch.device | str) -> int:

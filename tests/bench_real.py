@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--cold-start-steps", type=int, default=36,
+                        help="of 16 demonstrations; another number wants another --output-dir")
     parser.add_argument("--prompts", type=int, default=8, help="in a step; 8 answers to each")
     parser.add_argument("--masters", choices=("on", "off"), default="on")
     parser.add_argument("--dtype", default="auto")
@@ -68,8 +70,8 @@ def main() -> None:
     curves, rows = {}, []
     for seed in asked.seeds:
         start = asked.output_dir / f"start-{seed}"
-        run(start, asked.read, **common, seed=seed, model=str(asked.model), steps=0, cold_start_steps=12,
-            cold_start_lr=2e-5, cold_start_batch=16)
+        run(start, asked.read, **common, seed=seed, model=str(asked.model), steps=0,
+            cold_start_steps=asked.cold_start_steps, cold_start_lr=2e-5, cold_start_batch=16)
         for recipe in asked.recipes:
             for rate in asked.rates:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")

@@ -1,5 +1,6 @@
 """Tasks, prompts and loading, from files that the tests make as a user would have them on disk."""
 
+import io
 import json
 import random
 import shutil
@@ -216,6 +217,7 @@ def test_gsm8k_comes_from_a_local_copy_with_its_two_splits(tmp_path):
     ("noprompt.csv", "question,answer\na,b\nc,d\ne,f\n",
      "row 1: prompt must be .*; this row has question = 'a', answer = 'b'$"),
     ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not a JSON object .'Expecting value"),
+    ("deep.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2: not a JSON object .*recursion"),
     ("list.jsonl", '{"prompt": "a"}\n[1]\n', r"line 2: not a JSON object \(\[1\]\)"),
     ("latin.jsonl", '{"prompt": "a"}\n{"prompt": "\udce9"}\n', "line 2: not a JSON object .*'utf-8' codec"),
     ("number.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": 3}\n{"prompt": "c"}\n',
@@ -349,3 +351,10 @@ def test_a_rank_that_only_a_scheduler_knows_of_writes_its_files(monkeypatch):
     assert data.first_rank()
     monkeypatch.setenv("LOCAL_RANK", "1")  # torchrun sets both
     assert not data.first_rank()
+
+
+def test_what_the_outputs_encoding_lacks_is_told_in_numbers():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    data.say("é = \u2713", file)
+    data.say("next", file)
+    assert file.buffer.getvalue().decode("latin-1") == "é = \\u2713\nnext\n"

@@ -26,6 +26,7 @@ import transformers
 
 import data
 import grpo_scratch as g
+import memory
 
 SCRIPT = Path(g.__file__)
 METRICS = {
@@ -260,6 +261,49 @@ def test_a_bad_custom_reward_is_named_and_nothing_is_written(
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("sampler", ["own", "vllm"])
+def test_a_window_shorter_than_prompt_and_answer_is_refused_before_any_weight_is_read(
+    sampler, tmp_path, qwen2_folder, monkeypatch
+):
+    shutil.copytree(qwen2_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "model" / "config.json"
+    settings = json.loads(path.read_text())
+    layers = ["sliding_attention"] * settings["num_hidden_layers"]
+    path.write_text(json.dumps({**settings, "use_sliding_window": True, "sliding_window": 12,
+                                "layer_types": layers}))
+    with pytest.raises(g.InputError, match="window 12"):
+        g.open_run(quick(tmp_path, model=str(tmp_path / "model"), sampler=sampler))
+
+
+@pytest.mark.parametrize("rank, pauses", [(None, []), ("0", []), ("1", [3])])
+def test_memory_that_runs_out_for_good_ends_with_one_line_which_the_first_rank_tells_first(
+    rank, pauses, monkeypatch, capsys
+):
+    def out_of_memory(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(g, "train", out_of_memory)
+    monkeypatch.setattr(sys, "argv", ["grpo_scratch.py", "--recipe", "tiny"])
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        g.main()
+    assert stop.value.code == 2 and slept == pauses
+    assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2.00 GiB\n"
+
+
+def test_an_error_that_is_nobodys_mistake_is_not_hidden(monkeypatch):
+    def broken(config):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(g, "train", broken)
+    monkeypatch.setattr(sys, "argv", ["grpo_scratch.py", "--recipe", "tiny"])
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        g.main()
 
 
 def test_a_run_never_overwrites_another(tmp_path):
@@ -678,6 +722,22 @@ def test_a_second_signal_stops_at_once_and_leaves_what_was_whole(tmp_path):
     assert process.returncode in (130, 143)  # 130 when the step ended between the two
     whole = data.checkpoints(tmp_path / "run")
     assert whole and all(data.load_state(c)["step"] == int(data.step_of(c)) for c in whole)
+
+
+def test_a_stop_while_the_reference_server_is_away_saves_and_has_the_signals_exit_code(tmp_path, monkeypatch):
+    class Away(memory.ReferencePolicy):
+        def __call__(self, sequences):
+            if len(asked := self.__dict__.setdefault("asked", [])) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)  # which ends the waiting
+                raise memory.NoReference("the reference server is away")
+            asked.append(1)
+            return super().__call__(sequences)
+
+    monkeypatch.setattr(memory, "ReferencePolicy", Away)
+    with pytest.raises(SystemExit) as stop:
+        g.train(quick(tmp_path, steps=9, beta=0.1))
+    assert stop.value.code == 143
+    assert [data.step_of(c) for c in data.checkpoints(tmp_path / "run")] == ["2"]
 
 
 def test_on_a_terminal_there_are_bars_and_no_plain_lines(tmp_path):

@@ -301,19 +301,9 @@ def test_a_servers_log_probabilities_are_the_reference_models_token_by_token(ser
 
 
 @needs_vllm
-def test_a_server_of_another_model_tokenizer_or_vocabulary_is_refused(server, monkeypatch):
+def test_a_server_of_another_tokenizer_or_vocabulary_is_refused(server, monkeypatch):
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
     reference, lessons = connect(server), sequences()
-    policy, _ = data.tiny_policy(seed=1)
-    theirs = torch.cat(reference(lessons))
-    same, other = (
-        torch.cat([logprobs(model, x.prompt, x.completion)[x.counted] for x in lessons])
-        for model in (server.model, policy)
-    )
-    reference.check_agreement(same, theirs)
-    with pytest.raises(memory.NoReference, match="not the policy's"):
-        reference.check_agreement(other, theirs)
-
     shifted = SimpleNamespace(decode=lambda ids: server.tokenizer.decode([i + 1 for i in ids]))
     with pytest.raises(memory.NoReference, match="another tokenizer"):
         connect(server, tokenizer=shifted)(lessons)
