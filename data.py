@@ -537,23 +537,24 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, checkpoints: int) -> None:
+def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, saves: int) -> None:
     """Raises InputError when the disk has no room for one checkpoint and `final/`; warns when it has none for
-    all that a run may hold at once: so many checkpoints, `best/` and `final/`.
+    all that a run may hold at once: `saves` checkpoints, `best/` and `final/`.
 
-    What lies in a resumed run's folder already counts as room.
+    What a resumed run has of these already counts as room.
     """
     if not first_rank():
         return
-    room = shutil.disk_usage(nearest_folder(folder)).free + bytes_in(folder)
+    room = shutil.disk_usage(nearest_folder(folder)).free
+    room += sum(map(bytes_in, [folder / "best", folder / "final", *checkpoints(folder)]))
     checkpoint = model_bytes + state_bytes
-    least, whole = model_bytes + checkpoint * bool(checkpoints), 2 * model_bytes + checkpoint * checkpoints
+    least, whole = model_bytes + checkpoint * bool(saves), 2 * model_bytes + checkpoint * saves
     if room < least:
         raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ "
                          f"and the checkpoint before it take {least / 1e9:.1f} GB; make room, choose "
                          "another, or save no checkpoints: --save-every 0 --save-minutes 0")
     if room < whole:
-        warn(f"the disk has {room / 1e9:.1f} GB free, and {checkpoints} checkpoints of "
+        warn(f"the disk has {room / 1e9:.1f} GB free, and {saves} checkpoints of "
              f"{checkpoint / 1e9:.1f} GB, best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are "
              "removed where room is needed, never the newest")
 

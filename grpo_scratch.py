@@ -1741,25 +1741,24 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     # A first look, at the flags that decide the defaults which --help shows.
     arguments = sys.argv[1:] if arguments is None else arguments
     early = parser.parse_known_args([x for x in arguments if x not in ("-h", "--help")])[0]
-    saved = None
+    taken = {}  # settings of the checkpoint, or of the run that the model is of, unless a recipe is given
     checkpoint = data.find_checkpoint(early.resume, early.output_dir, early.name) if early.resume else None
     if checkpoint:
         # Leave to run code is not taken over. What an older checkpoint doesn't know counts as its default.
         known = dataclasses.asdict(Config()) | data.load_state(checkpoint)["config"]
-        saved = {f.name: known[f.name] for f in dataclasses.fields(Config)} | {"trust_remote_code": False}
-    of_run = {}  # the settings of the run that the model is of, unless a recipe is given
-    if (early.ask is not None or early.eval_only) and not saved and early.recipe == "auto":
-        of_run = data.settings_of_run(early.model)
-    code = [x for x in (saved or of_run).get("reward", []) if rewards.is_code(x)]
+        taken = {f.name: known[f.name] for f in dataclasses.fields(Config)} | {"trust_remote_code": False}
+    elif (early.ask is not None or early.eval_only) and early.recipe == "auto":
+        taken = data.settings_of_run(early.model)
+    code = [x for x in taken.get("reward", []) if rewards.is_code(x)]
     if code and not any(x.split("=")[0] == "--reward" for x in arguments):
         told = f"the run's reward is code, {' '.join(code)}; if you trust it, give it again with --reward"
-        if early.ask is None or saved:
+        if early.ask is None or checkpoint:
             raise InputError(told)
         warn(f"{told}; it is left out")
-        of_run["reward"] = [x for x in of_run["reward"] if x not in code]
-    recipe = saved["recipe"] if saved else resolve_recipe(of_run.get("recipe", early.recipe), early.device)
+        taken["reward"] = [x for x in taken["reward"] if x not in code]
+    recipe = resolve_recipe(taken.get("recipe", early.recipe), early.device)
     parser.epilog = f"recipes: {', '.join(RECIPES)}; the defaults above are those of {recipe}"
-    parser.set_defaults(**(saved or {**RECIPES[recipe], "recipe": recipe, "prompt_format": None, **of_run}))
+    parser.set_defaults(**{**RECIPES[recipe], "recipe": recipe, "prompt_format": None, **taken})
     *of_groups, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -1767,11 +1766,11 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         nearest = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
         fail(f"{unknown[0]}: no such flag" + (f", did you mean {nearest[0]}?" if nearest else ""))
     given = {name: value for of_group in of_groups for name, value in vars(of_group).items()}
-    if saved:
+    if checkpoint:
         may_change = {f.name for f in dataclasses.fields(Config) if f.metadata.get("may_change")}
-        changed = [n for n, value in given.items() if n not in may_change and value != saved[n]]
+        changed = [n for n, value in given.items() if n not in may_change and value != taken[n]]
         if changed:
-            told = ", ".join(f"--{n.replace('_', '-')} was {saved[n]}, not {given[n]}" for n in changed)
+            told = ", ".join(f"--{n.replace('_', '-')} was {taken[n]}, not {given[n]}" for n in changed)
             raise InputError(f"--resume {early.resume}: {told}; drop it, or start a new run. These may "
                              "change: " + ", ".join(sorted(may_change - {"resume"})))
         given["resume"] = str(checkpoint)

@@ -820,6 +820,18 @@ def test_a_disk_too_small_for_a_checkpoint_and_the_final_model_is_refused(tmp_pa
     g.open_run(dataclasses.replace(config, save_every=0, save_minutes=0))
 
 
+def test_what_a_resumed_run_has_is_room_but_not_what_it_never_removes(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for name in ("left-checkpoint-9-20261121", "tensorboard"):
+        (run / name / data.STATE).parent.mkdir(parents=True)
+        (run / name / data.STATE).write_bytes(bytes(5000))
+    a_disk_of(12_000, run, monkeypatch)
+    with pytest.raises(g.InputError, match="make room"):
+        data.refuse_full_disk(run, model_bytes=3000, state_bytes=0, saves=0)
+    (run / "left-checkpoint-9-20261121").rename(run / "checkpoint-9")
+    data.refuse_full_disk(run, model_bytes=3000, state_bytes=0, saves=0)
+
+
 def test_older_checkpoints_make_room_and_the_newest_stays(tmp_path, monkeypatch, capsys):
     g.train(quick(tmp_path, steps=3, save_every=1, keep_checkpoints=3))
     run, size = tmp_path / "run", data.bytes_in
