@@ -39,7 +39,7 @@ def test_without_cuda_the_recipe_is_tiny():
 
 def test_help_lists_every_flag_in_a_group(capsys):
     with pytest.raises(SystemExit) as stop:
-        g.parse_command_line(["--help", "--recipe", "improved"])
+        g.parse_command_line(["--help", "--recipe", "lm-book"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--{f.name.replace('_', '-')} " in text for f in dataclasses.fields(g.Config))
@@ -47,7 +47,7 @@ def test_help_lists_every_flag_in_a_group(capsys):
     titles = [f.metadata["group"] for f in dataclasses.fields(g.Config) if "group" in f.metadata]
     assert len(titles) == 7
     assert all(f"\n{title}:" in text for title in titles)
-    assert "default: 1e-05" in text  # improved's learning rate, not Config's
+    assert "default: 5e-06" in text  # lm-book's learning rate, not Config's
 
 
 @pytest.mark.parametrize("override, told", [

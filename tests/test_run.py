@@ -996,7 +996,7 @@ def test_the_recipes_are_listed_with_the_designs_settings(monkeypatch, capsys):
     # average, top, learning rate, norm.
     design = {
         "improved": (32, 8, 1024, 0.5, None, "population", 1e-6, True,
-                     1, 0.2, 0.3, 0.01, 10, "token", 0.2, 1e-5, 1.0),
+                     1, 0.2, 0.3, 0.01, 10, "token", 0.2, 1e-6, 1.0),  # the source's rate: 1e-5
         "nano-aha": (16, 4, 1024, 1.0, None, "population", 1e-4, False,
                      1, 0.2, 0.2, 0.001, 0, "token", 1.0, 1e-6, 1.0),
         "grpo-zero": (32, 8, 1024, 1.0, 1.0, "population", 1e-4, False,
