@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--cold-start-steps", type=int, default=36,
+    parser.add_argument("--cold-start-steps", type=int, default=12,
                         help="of 16 demonstrations; another number wants another --output-dir")
     parser.add_argument("--prompts", type=int, default=8, help="in a step; 8 answers to each")
     parser.add_argument("--masters", choices=("on", "off"), default="on")
