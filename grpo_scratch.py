@@ -1806,9 +1806,10 @@ def main() -> None:
     except (InputError, rewards.RewardError, memory.DoesNotFit, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not memory.is_out_of_memory(error):
             raise
-        if os.environ.get("RANK", "0") != "0":
+        own = not hasattr(error, "on_all_ranks")
+        if own and os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # where the first rank has met the same, torchrun ends this one before it tells it
-        say(f"error: {error}", sys.stderr, from_all=not hasattr(error, "on_all_ranks"))
+        say(f"error: {error}", sys.stderr, from_all=own)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step, where there is nothing to save yet
         sys.exit(130)
