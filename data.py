@@ -911,11 +911,10 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
     file = file or sys.stdout
     if file is None or file.closed:  # closed outright, as by `>&-`
         return
+    encoding = getattr(file, "encoding", None) or "utf-8"  # which may lack some of an answer's letters
     try:
-        tqdm.write(message, file=file)
+        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=file)
         file.flush()
-    except UnicodeEncodeError:  # a terminal of few letters
-        tqdm.write(message.encode(file.encoding, "backslashreplace").decode(file.encoding), file=file)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
     except OSError:

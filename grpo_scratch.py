@@ -1594,8 +1594,8 @@ def check_reference(run: Run) -> None:
         apart = (own - theirs).abs().mean().item()
         if not apart <= 0.1:  # bfloat16 makes it about 0.03
             raise memory.NoReference(
-                f"the reference server's model is not the policy's: a token's log-probabilities are "
-                f"{apart:.2g} nats apart; serve the model that --model names"
+                f"the reference server's model {run.reference.model} is not the policy's: a token's log-"
+                f"probabilities are {apart:.2g} nats apart; serve the model that --model names"
             )
 
 

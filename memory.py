@@ -806,7 +806,8 @@ class ReferenceServer:
                 return result
             except (ValueError, LookupError, TypeError) as error:
                 raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions with "
-                                  f"prompt_logprobs does ({error!r}); check --reference-url") from error
+                                  f"prompt_logprobs, such as vLLM's, does ({error!r}); check --reference-url"
+                                  ) from error
             except (OSError, http.client.HTTPException) as error:
                 trouble, code = error, getattr(error, "code", 500)
             if code < 500 and code not in (408, 429):  # asking again won't help

@@ -607,12 +607,13 @@ def test_a_servers_log_probabilities_far_from_our_own_are_another_models(apart):
             found.append(exact[len(s.prompt) - 1 :, 0].float() + apart * (-1) ** s.counted)
         return found
 
+    served.model = "frozen"
     run = SimpleNamespace(policy=policy, limits=limits(), reference=served, heldout=[
         {"prompt_ids": ids} for ids in ([40], [50] * 9, [60, 61], [40, 41, 42])])
     if apart < 0.1:
         g.check_reference(run)
         return
-    with pytest.raises(memory.NoReference, match="is not the policy's"):
+    with pytest.raises(memory.NoReference, match="frozen is not the policy's"):
         g.check_reference(run)
 
 

@@ -265,7 +265,7 @@ def test_a_bad_custom_reward_is_named_and_nothing_is_written(
 
 @pytest.mark.parametrize("sampler", ["own", "vllm"])
 def test_a_window_shorter_than_prompt_and_answer_is_refused_before_any_weight_is_read(
-    sampler, tmp_path, qwen2_folder, monkeypatch
+    sampler, tmp_path, qwen2_folder
 ):
     shutil.copytree(qwen2_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     path = tmp_path / "model" / "config.json"
