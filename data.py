@@ -862,7 +862,10 @@ class Dashboard:
             self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
             self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
         else:
-            more = {"id": name, "dir": str(folder)} if self.service == "wandb" else {}
+            more = {}
+            if self.service == "wandb":  # which keeps a run's files in wandb/run-TIME-ID
+                ids = [x.name.rsplit("-", 1)[1] for x in folder.glob("wandb/*run-*-*")]
+                more = {"id": ids[-1] if ids else None, "dir": str(folder)}
             self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow",
                                         **more)
 

@@ -768,17 +768,18 @@ class ReferenceServer:
         """
         asked = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
 
-        def ask(x) -> list[dict]:
+        def ask(x) -> list[tuple[float, str]]:
             # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the first token's None.
-            read = lambda answer: [entry[str(i)] for i, entry in zip(
-                x.completion, answer["choices"][0]["prompt_logprobs"][len(x.prompt) :], strict=True)]
+            entries = lambda answer: zip(
+                x.completion, answer["choices"][0]["prompt_logprobs"][len(x.prompt) :], strict=True)
+            read = lambda answer: [(float(entry[str(i)]["logprob"]), str(entry[str(i)]["decoded_token"]))
+                                   for i, entry in entries(answer)]
             return self._ask("/v1/completions", {**asked, "prompt": [*x.prompt, *x.completion]}, read)
 
         with ThreadPoolExecutor(self.requests_at_once) as pool:  # a server computes together what is there
             tokens = list(pool.map(ask, sequences))
         if not self.checked:
-            theirs = {i: token["decoded_token"] for x, row in zip(sequences, tokens)
-                      for i, token in zip(x.completion, row)}
+            theirs = {i: text for x, row in zip(sequences, tokens) for i, (_, text) in zip(x.completion, row)}
             ours = {i: self.tokenizer.decode([i]) for i in theirs}
             # Decoders differ in what they make of a part of a character, and of a space at the start.
             other = [i for i in theirs
@@ -787,7 +788,7 @@ class ReferenceServer:
                 raise NoReference(f"the reference server's model {self.model} has another tokenizer: token "
                                   f"{other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here")
             self.checked = bool(theirs)
-        return [torch.tensor([y["logprob"] for y in row])[x.counted] for x, row in zip(sequences, tokens)]
+        return [torch.tensor([lp for lp, _ in row])[x.counted] for x, row in zip(sequences, tokens)]
 
     def _ask(self, path: str, body: dict | None, read: Callable):
         """What `read` takes from the server's answer to one request, made again while the server is away."""

@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--cold-start-steps", type=int, default=12,
                         help="of 16 demonstrations; another number wants another --output-dir")
-    parser.add_argument("--prompts", type=int, default=8, help="in a step; 8 answers to each")
+    parser.add_argument("--prompts", type=int, default=8, help="in a step")
+    parser.add_argument("--answers", type=int, default=8, help="to each prompt")
     parser.add_argument("--masters", choices=("on", "off"), default="on")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/real"))
@@ -75,18 +76,19 @@ def main() -> None:
         for recipe in asked.recipes:
             for rate in asked.rates:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
+                name += f"-{asked.answers}-answers" if asked.answers != 8 else ""
                 summary, metrics = run(
                     asked.output_dir / f"{name}-{seed}", asked.read, **common, **algorithms()[recipe],
                     seed=seed, model=str(start / "final"), steps=asked.steps, cold_start_steps=0,
                     eval_every=10, learning_rate=rate, prompts_per_step=asked.prompts,
-                    micro_batch_tokens=1024)
+                    group_size=asked.answers, micro_batch_tokens=1024)
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
                 rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
                 curves[f"{name}, seed {seed}"] = tuple(zip(*points))
     print(f"{'algorithm, rate':<22}{'seed':>5}{'before':>8}{'after':>8}{'best':>8}{'to 0.9':>8}"
           f"{'entropy':>15}{'sample s':>10}{'update s':>10}{'peak GB':>9}")
     for name, seed, points, metrics, peak in rows:
-        sampling = [8 * asked.prompts * m["completion_length"] / m["sampling_tokens_per_second"]
+        sampling = [asked.answers * asked.prompts * m["completion_length"] / m["sampling_tokens_per_second"]
                     for m in metrics]
         reached = next((str(step) for step, accuracy in points if accuracy >= 0.9), "-")
         print(f"{name:<22}{seed:>5}{points[0][1]:>8.3f}{points[-1][1]:>8.3f}{max(a for _, a in points):>8.3f}"

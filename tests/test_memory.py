@@ -1321,7 +1321,10 @@ def test_an_address_that_speaks_something_else_is_refused(reference_server, mode
 @pytest.mark.parametrize("page", ["<html>", {"object": "error"}, {"choices": []}, {"choices": [{}]},
                                   {"choices": [{"prompt_logprobs": None}]},
                                   {"choices": [{"prompt_logprobs": [None, {"1": {}}]}]},
-                                  {"choices": [{"prompt_logprobs": [None, {"1": {}}, {"4": {}}]}]}])
+                                  {"choices": [{"prompt_logprobs": [None, {"1": {}}, {"4": {}}]}]},
+                                  {"choices": [{"prompt_logprobs": [None, {"1": {}}, {"3": {}}]}]},
+                                  {"choices": [{"prompt_logprobs": [None, {"1": {}}, {"3": {"logprob": None}}]
+                                                }]}])
 def test_a_page_in_place_of_log_probabilities_ends_the_run_as_a_server_that_went_away_does(
     reference_server, page
 ):

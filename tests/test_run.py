@@ -1127,10 +1127,11 @@ def test_services_get_numbers_samples_and_config_and_the_same_run_again(
     monkeypatch.setitem(sys.modules, service, module)
     config = quick(tmp_path, save_every=2, report_to=service, **own_task)
     g.train(config)
+    (tmp_path / "run" / "wandb" / "offline-run-20261122_002144-v3vm0r3o").mkdir(parents=True)  # as wandb does
     g.train(dataclasses.replace(config, steps=3, resume=str(tmp_path / "run")))
     opened = [named for name, _, named in module.calls if name == "init"]
     assert len(opened) == 2 and all(x["resume"] == "allow" and x["name"] == "run" for x in opened)
-    assert all(x.get("id") == ("run" if service == "wandb" else None) for x in opened)
+    assert [x.get("id") for x in opened] == [None, "v3vm0r3o" if service == "wandb" else None]
     assert opened[0]["config"]["group_size"] == 4
     logged = {(named["step"], k): x for name, (values,), named in
               [call for call in module.calls if call[0] == "log"] for k, x in values.items()}
