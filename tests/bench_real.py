@@ -77,6 +77,8 @@ def main() -> None:
             for rate in asked.rates:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
                 name += f"-{asked.answers}-answers" if asked.answers != 8 else ""
+                if asked.read and not (asked.output_dir / f"{name}-{seed}" / "summary.json").exists():
+                    continue
                 summary, metrics = run(
                     asked.output_dir / f"{name}-{seed}", asked.read, **common, **algorithms()[recipe],
                     seed=seed, model=str(start / "final"), steps=asked.steps, cold_start_steps=0,
@@ -84,7 +86,8 @@ def main() -> None:
                     group_size=asked.answers, micro_batch_tokens=1024)
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
                 rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
-                curves[f"{name}, seed {seed}"] = tuple(zip(*points))
+                if len(points) > 1:
+                    curves[f"{name}, seed {seed}"] = tuple(zip(*points))
     print(f"{'algorithm, rate':<22}{'seed':>5}{'before':>8}{'after':>8}{'best':>8}{'to 0.9':>8}"
           f"{'entropy':>15}{'sample s':>10}{'update s':>10}{'peak GB':>9}")
     for name, seed, points, metrics, peak in rows:

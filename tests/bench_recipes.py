@@ -59,7 +59,7 @@ def draw(curves: dict[str, tuple], path: Path, what: str = "held-out accuracy, g
         axis.plot(steps, values, label=name, linewidth=2, **style)
     axis.set(xlabel="step", ylabel=what, ylim=(0, 1))
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 
