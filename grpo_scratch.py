@@ -202,7 +202,7 @@ RECIPES: dict[str, dict] = {
         "temperature": 0.5, "skip_truncated": True, "beta": 0.01, "reference_every": 10,
         "clip_high": 0.3,  # for those who ask for more updates of a batch
         "top_entropy": 0.2,
-        "learning_rate": 1e-6,  # the source's is 1e-5: with it a real model falls apart, see tests/README.md
+        # The default's rate: with the source's, 1e-5, a real model falls apart, see tests/README.md.
     },
     "nano-aha": {
         "model": "Qwen/Qwen2.5-3B", "prompts_per_step": 16, "group_size": 4, "advantage_eps": 1e-4,

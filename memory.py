@@ -769,11 +769,12 @@ class ReferenceServer:
         asked = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
 
         def ask(x) -> list[tuple[float, str]]:
-            # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the first token's None.
-            entries = lambda answer: zip(
-                x.completion, answer["choices"][0]["prompt_logprobs"][len(x.prompt) :], strict=True)
-            read = lambda answer: [(float(entry[str(i)]["logprob"]), str(entry[str(i)]["decoded_token"]))
-                                   for i, entry in entries(answer)]
+            def read(answer) -> list[tuple[float, str]]:
+                # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the first token's None.
+                entries = answer["choices"][0]["prompt_logprobs"][len(x.prompt) :]
+                found = [entry[str(i)] for i, entry in zip(x.completion, entries, strict=True)]
+                return [(float(token["logprob"]), str(token["decoded_token"])) for token in found]
+
             return self._ask("/v1/completions", {**asked, "prompt": [*x.prompt, *x.completion]}, read)
 
         with ThreadPoolExecutor(self.requests_at_once) as pool:  # a server computes together what is there
