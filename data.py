@@ -765,7 +765,7 @@ def settings_of_run(model: str) -> dict:
     if not (isinstance(saved, dict) and "recipe" in saved):  # another program's
         return {}
     names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens",
-             "eval_examples")
+             "temperature", "eval_examples")
     return {name: saved[name] for name in names if name in saved}
 
 
@@ -969,7 +969,7 @@ def report(summary: dict, eval_samples: int, folder: Path) -> str:
         if None not in (before, after):  # pass@k is asked for, and may be from a resumed run's end on
             lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
     best = f"best/ (held-out accuracy {summary['best']['accuracy']:.3f}, step {summary['best']['step']})"
-    lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in all. Look at:"]
+    lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:"]
     names = ("curves.png", "samples.jsonl", "final/", best)
     return "\n".join(lines + [f"  {folder}/{name}" for name in names])
 

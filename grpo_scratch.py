@@ -72,8 +72,8 @@ class Config:
     plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
                            "fit; loads no weights; --device cuda --memory-budget-gib 12 is for such a card")
     ask: str | None = flag(None, "print the --model's greedy answer to this text, as the user's turn of the "
-                           "run's prompt, or to a JSON object, an example, with its rewards; without a text: "
-                           "to each line of the input", nargs="?", const="")
+                           "run's prompt (a file's: all of it), or to a JSON object, an example, with its "
+                           "rewards; without a text: to each line of the input", nargs="?", const="")
     steps: int = flag(500, "optimization steps; each samples prompts-per-step x group-size answers",
                       at_least=0, may_change=True)
     seed: int = flag(0, "of embedded weights, data and sampling; a CPU run repeats bit for bit")
@@ -1403,6 +1403,10 @@ def open_run(config: Config) -> Run | None:
         config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
         train_examples=config.train_examples, eval_examples=config.eval_examples,
     )
+    try:  # now, and not at the first answer that makes a reward look for a column the task lacks
+        rewards.score("<answer>1</answer>", examples[0], weights)
+    except rewards.RewardError as error:
+        raise InputError(f"--task {config.task}: {error}; give a --reward that suits its rows") from error
     model, trusted = str(checkpoint or config.model), config.trust_remote_code
     model_config, tokenizer = data.load_config(model, trust_remote_code=trusted)
     longest = data.tokenize(tokenizer, model_config, examples + heldout, config.max_new_tokens)
@@ -1437,11 +1441,12 @@ def open_run(config: Config) -> Run | None:
         saves = (kept + 1) * bool(config.save_every or config.save_minutes)  # the oldest goes last
         data.refuse_full_disk(folder, plan.parameters * byte, state_bytes, saves)
 
-    # What is beyond the plan is left to NCCL and to kernels that are loaded late. While vLLM sleeps, torch
+    # What is beyond the allocator's share is left to kernels that are loaded late. While vLLM sleeps, torch
     # goes on counting what vLLM has given back.
     if device == "cuda" and config.sampler == "own":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory_budget_bytes / total))
+        allowed = memory.ALLOCATOR_SHARE * plan.memory_budget_bytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
     policy = open_policy(model, tokenizer, dtype=dtype, device=device, seed=config.seed,
                          trust_remote_code=trusted)
     reward_model = config.reward_model and data.RewardModel(

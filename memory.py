@@ -40,9 +40,13 @@ from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# While imported on a CPU, bitsandbytes warns that a 4-bit kernel is missing; nothing here uses that kernel.
+# While imported, bitsandbytes has kernels compiled, for devices without their own: torch loads its compiler,
+# a quarter of a program's start. On a CPU it warns that a 4-bit kernel is missing. Nothing here uses either.
+torch_compile, torch.compile = torch.compile, lambda function, **_: function
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
+
+torch.compile = torch_compile
 
 # A bf16 matrix product on CUDA may add up partial sums in bf16. In the head's gradient a sum runs over the
 # vocabulary, 151,936 numbers for Qwen2.5: they are added in float32.
@@ -53,6 +57,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a time: 256 rows of Qwen2.5's
 CPU_FLAGS = Path("/proc/cpuinfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+ALLOCATOR_SHARE = 1.03  # with its fragments CUDA's allocator may reserve so many times what tensors may take
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
 TRADED_BYTES = 2**24  # of weights that are on their way between the policy and the reference at a time
 
@@ -145,7 +150,7 @@ def token_logprobs(
 
     Raises ValueError for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or targets.shape != hidden.shape[:1]:
+    if not hidden.ndim == weight.ndim == 2 or hidden.shape != (*targets.shape, weight.shape[1]):
         shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
         raise ValueError(f"token_logprobs: hidden [n, H], weight [V, H], targets [n] wanted, got {shapes}")
     if into_weight_grad and not weight.is_leaf:
@@ -221,6 +226,8 @@ def join_ranks(device: str) -> None:
         backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # Some rank may sample for an hour while the others wait.
         dist.init_process_group(backends, timeout=timedelta(hours=6))
+        if device == "cuda":  # NCCL takes its memory now, before what is free is measured
+            dist.all_reduce(torch.zeros(1, device=device))
 
 
 def my_rank() -> tuple[int, int]:
@@ -747,7 +754,7 @@ class ReferenceServer:
 
     A server that is away is asked again, with growing pauses, for `patience_seconds`, or until `stop()` is
     true; then NoReference is raised. So it is, at once, by a refused request, another tokenizer or
-    vocabulary, or a context of fewer than `longest` tokens, those of the longest prompt and its answer.
+    vocabulary, or a context of no more than `longest` tokens, those of the longest prompt and its answer.
     """
 
     def __init__(self, url: str, tokenizer, *, longest: int, patience_seconds: float = 300,
@@ -1146,7 +1153,8 @@ def keep_freed_memory() -> None:
 
 def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     """Called before anything is on the GPU. Raises ValueError when it can't compute in this dtype."""
-    if expandable and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if expandable and not by_user and "microsoft" not in os.uname().release:  # WSL's drivers fail at them
         # Rollout and update take turns: segments that grow leave no holes that fit neither. The variable is
         # read when CUDA starts, which bitsandbytes does when it is imported: too early for this.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -1162,7 +1170,8 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
 
 def detect_budget_bytes(device: torch.device | str) -> int:
     """Bytes that tensors may take on a device. With CUDA what is free or ours already, less 5% for the
-    allocator's fragments (the context is in place by then); on a CPU what is free, less 20% for others.
+    allocator's fragments and kernels that are loaded late (the context is in place by then); on a CPU what is
+    free, of a container at most its limit, less 20% for others.
     """
     device = torch.device(device)
     if device.type == "cuda":

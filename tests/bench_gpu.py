@@ -34,7 +34,7 @@ import bitsandbytes
 import torch
 import transformers
 from bench_memory import GROUP, NEW, PROMPT, PROMPTS
-from bench_sampler import bound, copy_bandwidth
+from bench_sampler import bound, copy_bandwidth, products_per_second
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -332,7 +332,7 @@ def under_cap(at: Setting) -> Iterator[Row]:
     plan = memory.plan(
         at.config, prompt_tokens=PROMPT, max_new_tokens=NEW, prompts=1 if at.dry else PROMPTS,
         group_size=GROUP, dtype=torch.bfloat16, reference=True, top_entropy=0.2,
-        memory_budget_bytes=int(0.95 * at.cap_gib * 2**30),
+        memory_budget_bytes=int(at.cap_gib / memory.ALLOCATOR_SHARE * 2**30),
     )
     model, backbone, head = make_model(at)
     stepping = memory.AdamW8bit(model.parameters(), lr=1e-6)
@@ -402,7 +402,7 @@ def decoding(at: Setting) -> Iterator[Row]:
     speed = 1000 * rows * new / ours
     yield Row(f"sample, {rows} rows: tokens/s", speed)
     yield Row("sample over generate (asked: 4)", theirs / ours)
-    possible = lambda: bound(model, prompts, [new] * rows, copy_bandwidth())
+    possible = lambda: bound(model, prompts, [new] * rows, copy_bandwidth(), products_per_second())
     yield at.on_cuda("sample over the card's bound (asked: 0.5)", lambda: (speed / possible(), None))
 
 
@@ -434,6 +434,7 @@ def whole_run(at: Setting) -> Iterator[Row]:
     """`improved` for three steps under the cap; the third again, from a checkpoint, in a new process."""
     code, said = run_grpo(at, *new_run(at), "--steps", "3", "--save-every", "2", "--name", "whole")
     yield Row("exit code", code if code == 0 else f"{code}: {said[-500:]}", code == 0)
+    yield Row("warnings of memory", said.count("out of memory"), "out of memory" not in said)
     folder = at.folder / "whole"
     metrics = lambda: [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = metrics()
@@ -517,7 +518,7 @@ def new_run(at: Setting) -> list[str]:
     if not folder.exists():
         make_model(at)[0].save_pretrained(folder)
         data.tiny_tokenizer().save_pretrained(folder)
-    size = ["--memory-budget-gib", str(at.cap_gib - 0.5), "--max-new-tokens", "512"]
+    size = ["--memory-budget-gib", str(at.cap_gib / memory.ALLOCATOR_SHARE), "--max-new-tokens", "512"]
     if at.dry:
         size = ["--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "6"]
     return ["--recipe", "improved", "--model", str(folder), "--task", "mini-countdown", "--device", at.device,
@@ -533,14 +534,14 @@ def run_grpo(at: Setting, *flags: str, squeezed: list[str] = ()) -> tuple[int, s
     return done.returncode, done.stdout + done.stderr
 
 
-def squeeze(owner, name: str) -> None:
+def squeeze(owner, name: str, on_gpu: bool) -> None:
     """Have the first call of owner.name find the GPU's memory taken."""
     function, calls = getattr(owner, name), []
 
     def without_memory_at_first(*arguments, **options):
         ballast, size = [], 0 if calls else 2**34
         calls.append(name)
-        if size and not torch.cuda.is_available():
+        if size and not on_gpu:
             raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
         while size >= 2**20:
             try:
@@ -591,7 +592,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.cuda.set_per_process_memory_fraction(min(1.0, asked.cap_gib * 2**30 / total))
     if asked.run:  # a run of grpo_scratch.py
         for name in asked.squeeze:
-            squeeze({"sample": grpo, "backward": torch.Tensor, "step": memory.AdamW8bit}[name], name)
+            owner = {"sample": grpo, "backward": torch.Tensor, "step": memory.AdamW8bit}[name]
+            squeeze(owner, name, on_gpu="cuda" in asked.run)
         sys.argv = ["grpo_scratch.py", *asked.run]
         return grpo.main()
     if not (asked.dry_run or torch.cuda.is_available()):

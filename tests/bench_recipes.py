@@ -68,12 +68,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--output-dir", type=Path, help="keep the runs here")
     asked = parser.parse_args()
     curves = {}
     print(f"{'algorithm':<14}{'before':>8}{'after':>8}{'worst':>8}{'steps to 0.6':>14}{'s a step':>10}",
           flush=True)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = asked.output_dir or Path(name)
         for seed in asked.seeds:
             run(folder, f"start{seed}", seed=seed, steps=0)
         for name, settings in algorithms().items():

@@ -212,8 +212,9 @@ def test_the_head_takes_whole_128s_of_rows_as_long_as_its_bytes_allow(vocabulary
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"hidden \[n, H\].*\[2, 3, 8\]"):
-        memory.token_logprobs(torch.randn(2, 3, 8), torch.randn(11, 8), torch.zeros(2, 3, dtype=torch.long))
+    for hidden, targets in (((2, 3, 8), (2, 3)), ((3, 7), (3,)), ((3, 8), (2,))):
+        with pytest.raises(ValueError, match=rf"hidden \[n, H\].*got \[{str(hidden)[1:-1]}\]"):
+            memory.token_logprobs(torch.ones(hidden), torch.ones(11, 8), torch.ones(targets).long())
     with pytest.raises(ValueError, match="Parameter"):
         weight = torch.randn(11, 8, requires_grad=True) * 2
         memory.token_logprobs(torch.randn(3, 8), weight, torch.arange(3), into_weight_grad=True)

@@ -596,13 +596,20 @@ def test_a_best_model_that_cannot_be_saved_costs_nothing_else(tmp_path, monkeypa
     assert "best/ could not be saved" in err and "(best 0.500 at step 1)" in out
 
 
+@pytest.mark.parametrize("reward", ["countdown_equation", "gsm8k_answer", "gsm8k_last_number"])
+def test_a_reward_of_another_task_is_refused_before_any_weights_are_read(tmp_path, own_task, reward):
+    with pytest.raises(g.InputError, match=f"task.jsonl: .*{reward}' raised KeyError.*that suits its rows"):
+        g.train(quick(tmp_path, task=own_task["task"], reward=["reasoning_tags", reward], model="missing"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reward_that_breaks_in_the_middle_leaves_a_checkpoint(tmp_path, own_task):
     (tmp_path / "my_rewards.py").write_text(
         "calls = []\ndef late(completion, example):\n    calls.append(1)\n"
-        "    return 1 / (40 - len(calls))\n")
+        "    return 1 / (41 - len(calls))\n")
     with pytest.raises(g.rewards.RewardError, match="ZeroDivisionError"):
         g.train(quick(tmp_path, steps=9, task=own_task["task"], reward=[f"{tmp_path}/my_rewards.py:late"]))
-    # 4 + 12 + 12, and 11 of 12
+    # One before the run, 4 + 12 + 12, and 11 of 12
     assert [c.name for c in data.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert data.load_state(tmp_path / "run" / "checkpoint-2")["drawn"] == 6  # the third step's are to come
 
@@ -1053,11 +1060,15 @@ def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_rea
         assert "494.0 M parameters" in out and "bfloat16" in out and "KV cache" in out
 
 
-@pytest.mark.parametrize("sampler, variable, expected", [
-    ("own", None, ["expandable_segments:True"]), ("vllm", None, []),
-    ("own", "PYTORCH_ALLOC_CONF", []), ("own", "PYTORCH_CUDA_ALLOC_CONF", []),
+@pytest.mark.parametrize("sampler, variable, release, expected", [
+    ("own", None, "6.8.0", ["expandable_segments:True"]), ("vllm", None, "6.8.0", []),
+    ("own", "PYTORCH_ALLOC_CONF", "6.8.0", []), ("own", "PYTORCH_CUDA_ALLOC_CONF", "6.8.0", []),
+    ("own", None, "5.15.90.1-microsoft-standard-WSL2", []),
 ])
-def test_segments_may_grow_unless_vllm_or_the_user_has_it_otherwise(monkeypatch, sampler, variable, expected):
+def test_segments_may_grow_unless_vllm_wsl_or_the_user_has_it_otherwise(
+    monkeypatch, sampler, variable, release, expected
+):
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "here", release, "#1", "x86_64")))
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     if variable:
@@ -1232,10 +1243,11 @@ def test_ask_uses_the_text_as_it_stands_for_a_task_from_a_file_and_runs_no_code(
 
 
 def test_a_model_is_evaluated_on_the_task_of_its_run_unless_a_recipe_is_given(tmp_path):
-    g.train(quick(tmp_path, steps=0, seed=3, eval_examples=7))
+    g.train(quick(tmp_path, steps=0, seed=3, eval_examples=7, temperature=0.7))
     final = str(tmp_path / "run" / "final")
     config = g.parse_command_line(["--eval-only", "--model", final])
     assert (config.task, config.seed, config.eval_examples) == ("mini-countdown", 3, 7)
+    assert config.temperature == 0.7  # of pass@k
     config = g.parse_command_line(["--eval-only", "--model", final, "--recipe", "lm-book"])
     assert (config.task, config.seed, config.eval_examples) == ("gsm8k", 0, 128)
     # A folder beside another program's config.json is no run's.
