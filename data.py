@@ -808,7 +808,8 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
               ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
     steps = [m["step"] for m in metrics]
     window = max(1, len(steps) // 20)
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5))
+    figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.12, hspace=0.3)
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
         for i, name in enumerate(names):
             values = [m[name] for m in metrics]

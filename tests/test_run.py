@@ -928,7 +928,8 @@ def test_memory_does_not_grow_over_300_steps(tmp_path, monkeypatch):
 
     real = g.step_metrics
     monkeypatch.setattr(g, "step_metrics", log)
-    g.train(quick(tmp_path, steps=300, beta=0.04, reference_every=20, eval_every=100))
+    g.train(quick(tmp_path, steps=300, beta=0.04, reference_every=20, eval_every=100, prompts_per_step=2,
+                  group_size=2, max_new_tokens=6))
     for early, late in zip(seen[30], seen[300]):
         assert late <= 1.05 * early
 
