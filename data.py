@@ -25,10 +25,10 @@ import re
 import shutil
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 
@@ -591,7 +591,7 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
     steps[folder / "best"] = best_evaluation(folder)["step"]
     for later, its_step in steps.items():
         if its_step > step:
-            aside = later.rename(folder / f"left-{later.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            aside = later.rename(folder / f"left-{later.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
             warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
     records = {"samples.jsonl": [], "metrics.jsonl": []}
     for path in (folder / name for name in records if (folder / name).exists()):
@@ -809,7 +809,7 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     steps = [m["step"] for m in metrics]
     window = max(1, len(steps) // 20)
     figure = Figure(figsize=(10, 6.5))
-    figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.12, hspace=0.3)
+    figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.18, hspace=0.3)
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
         for i, name in enumerate(names):
             values = [m[name] for m in metrics]
