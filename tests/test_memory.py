@@ -211,6 +211,11 @@ def test_the_head_takes_whole_128s_of_rows_as_long_as_its_bytes_allow(vocabulary
     assert asked == [rows]
 
 
+def test_the_compiler_is_back_after_bitsandbytes_was_imported_without_it():
+    assert torch.compile.__module__ == "torch" and memory.torch_compile is torch.compile
+    assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+
+
 def test_wrong_shapes_are_refused():
     for hidden, targets in (((2, 3, 8), (2, 3)), ((3, 7), (3,)), ((3, 8), (2,))):
         with pytest.raises(ValueError, match=rf"hidden \[n, H\].*got \[{str(hidden)[1:-1]}\]"):
