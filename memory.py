@@ -42,7 +42,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # While imported, bitsandbytes has kernels compiled, for devices without their own: torch loads its compiler,
 # a quarter of a program's start. On a CPU it warns that a 4-bit kernel is missing. Nothing here uses either.
-torch_compile, torch.compile = torch.compile, lambda function, **_: function
+torch_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda x: x)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
 
