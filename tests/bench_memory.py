@@ -23,7 +23,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory
-from grpo_scratch import choose_tokens
+from memory import choose_tokens
 
 PROMPT, NEW, PROMPTS, GROUP = 150, 1024, 32, 8  # the recipe `improved`
 SIZES = {  # hidden and intermediate size, layers, query heads

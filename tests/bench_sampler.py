@@ -25,13 +25,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import grpo_scratch  # isort: skip (before torch: it sets how OpenMP's threads wait)
+import grpo_scratch  # noqa: F401  isort: skip (before torch: it sets how OpenMP's threads wait)
 
 import torch
 import transformers
 
 import data
-from grpo_scratch import sample
+import memory
+from memory import sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -107,7 +108,7 @@ def with_generate(model, prompts, group_size, limit, stops, lengths=None) -> lis
 
 def new_vllm(model, rows: int, longest: int):
     """What `with_sample` is, by an engine that was made for this model."""
-    engine = grpo_scratch.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30,
+    engine = memory.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30,
                                       max_rows=rows)
     new_parameters = engine.new_parameters
 
@@ -133,11 +134,11 @@ def print_parts(model, *settings) -> None:
             return result
         return call
 
-    choose, forward = grpo_scratch.choose_tokens, model.forward
-    grpo_scratch.choose_tokens = clocked("choose_tokens", choose)
+    choose, forward = memory.choose_tokens, model.forward
+    memory.choose_tokens = clocked("choose_tokens", choose)
     model.forward = clocked("the model", forward)
     whole, _ = timed(with_sample, model, *settings)
-    grpo_scratch.choose_tokens, model.forward = choose, forward
+    memory.choose_tokens, model.forward = choose, forward
     print("       " + ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items()))
 
 
@@ -220,7 +221,7 @@ def choose(vocab: int, pairs: int) -> None:
     logits, uniform, seconds = 3 * torch.randn(256, vocab), torch.rand(256, dtype=torch.float64), []
     for _ in range(pairs + 1):
         for work in (lambda: logits.log_softmax(-1),
-                     lambda: grpo_scratch.choose_tokens(logits, 1.0, uniform)):
+                     lambda: memory.choose_tokens(logits, 1.0, uniform)):
             started = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - started)

@@ -117,7 +117,7 @@ def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
 
     watch = Stopwatch(cuda)
     watch.watch(grpo, "sample", "sampling")
-    watch.watch(grpo, "sequence_logprobs", "forward")
+    watch.watch(memory, "sequence_logprobs", "forward")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(optimizer, "step", "optimizer")
     run = SimpleNamespace(

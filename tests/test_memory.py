@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from bench_memory import LiveBytes
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -1338,3 +1339,230 @@ def test_a_page_in_place_of_log_probabilities_ends_the_run_as_a_server_that_went
     reference_server.troubles = [page]  # as a proxy in between gives its own
     with pytest.raises(memory.NoReference, match="doesn't answer as a server of OpenAI's completions with"):
         reference([scored([1, 2], [3])])
+
+
+# --- sampling ----------------------------------------------------------------------------------------------
+
+
+def tiny_model(kind: str):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+             "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+             "head_dim": 8}
+    config = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+              "llama": transformers.LlamaConfig}[kind]
+    torch.manual_seed(7)
+    return transformers.AutoModelForCausalLM.from_config(config(**sizes)).eval()
+
+
+SAMPLED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [5, 5, 9, 30], [41] * 9]
+
+
+def answers_of_generate(model, eos, max_new_tokens):
+    """One prompt at a time, so that no padding is involved."""
+    answers = []
+    for prompt in SAMPLED:
+        out = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=0,
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("kind, check_every", [("qwen2", 1), ("qwen2", 8), ("qwen3", 1), ("llama", 3)])
+def test_greedy_equals_generate_for_mixed_prompts_that_end_at_different_times(kind, check_every, monkeypatch):
+    monkeypatch.setitem(memory.CHECK_EVERY, "cpu", check_every)  # as on a GPU
+    model = tiny_model(kind)
+    free = answers_of_generate(model, None, 20)
+    eos = [free[0][4], free[2][9]]  # tokens that are known to come up, so that rows end early
+    expected = answers_of_generate(model, eos, 20)
+    assert len({len(answer) for answer in expected}) > 2
+    for max_rows in (None, 1, 2, 4):  # all at once, and prompts taking the places of finished ones
+        got = memory.sample(model, SAMPLED, max_new_tokens=20, temperature=0, eos_token_id=eos,
+                            pad_token_id=0, max_rows=max_rows)
+        assert [c.ids for c in got] == expected
+        assert [c.finished for c in got] == [answer[-1] in eos for answer in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_recorded_logprobs_and_entropies_are_those_of_a_teacher_forced_pass(temperature):
+    model = tiny_model("qwen2")
+    got = memory.sample(model, SAMPLED, group_size=3, max_new_tokens=12, temperature=temperature,
+                   eos_token_id=[3, 4], pad_token_id=0, max_rows=5)
+    assert len(got) == 18
+    for i, c in enumerate(got):
+        prompt = SAMPLED[i // 3]
+        logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1].double() / temperature
+        expected = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(
+            torch.tensor(c.logprobs).double(), expected.log_prob(torch.tensor(c.ids)), rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close(torch.tensor(c.entropies).double(), expected.entropy(), rtol=0, atol=1e-4)
+
+
+def test_sampled_frequencies_are_the_models_probabilities():
+    model = tiny_model("qwen2")
+    temperature, n = 2.0, 6000
+    got = memory.sample(model, [[5, 6, 7]], group_size=n, max_new_tokens=1, temperature=temperature,
+                   eos_token_id=0, pad_token_id=0, generator=torch.Generator().manual_seed(0))
+    p = (model(torch.tensor([[5, 6, 7]])).logits[0, -1].double() / temperature).softmax(-1)
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in got]), minlength=64)
+    common = p * n >= 5  # the chi-square test wants five expected in each bin; the rest share one
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([p[common], p[~common].sum()[None]]) * n
+    chi_square = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    degrees = len(expected) - 1
+    assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # four standard deviations above its mean
+
+
+def in_float64(logits, temperature):
+    """(log-probabilities, their running sums' upper ends) of rows of logits, all in float64."""
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    return logprobs, logprobs.exp().cumsum(-1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), vocab=st.one_of(st.integers(2, 1500), st.integers(2, 300_000)),
+       temperature=st.sampled_from([0, 0.3, 1.0, 1.7]), spread=st.sampled_from([0.0, 1.0, 4.0, 30.0]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), hidden=st.sampled_from([0.0, 0.5, 0.99]))
+def test_a_token_is_where_the_running_sum_in_float64_passes_its_number(
+    data, vocab, temperature, spread, dtype, hidden
+):
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    rows = data.draw(st.integers(1, 12 if vocab < 100_000 else 3))
+    logits = torch.randn(rows, vocab, generator=random) * spread
+    logits += data.draw(st.sampled_from([0.0, -90.0, 300.0]))
+    impossible = torch.rand(rows, vocab, generator=random) < hidden
+    impossible[:, data.draw(st.integers(0, vocab - 1))] = False
+    logits = logits.masked_fill(impossible, -math.inf).to(dtype)
+    uniform = torch.rand(rows, dtype=torch.float64, generator=random)
+    uniform[0] = data.draw(st.sampled_from([0.0, 1 - 2**-53, 0.5]))
+    before = logits.clone()
+    tokens, logprobs, entropies = memory.choose_tokens(logits, temperature, uniform if temperature else None)
+    assert torch.equal(logits, before)
+    assert (logprobs.dtype, entropies.dtype, tokens.dtype) == (torch.float32, torch.float32, torch.long)
+
+    expected, above = in_float64(logits, temperature or 1.0)
+    picked = expected.gather(1, tokens[:, None])[:, 0]
+    if temperature:  # the number lies in the token's share, up to float32's rounding of the shares
+        upper = above.gather(1, tokens[:, None])[:, 0]
+        assert (uniform <= upper + 2e-6).all() and (uniform >= upper - picked.exp() - 2e-6).all()
+        clear = ((above - uniform[:, None]).abs() > 2e-6).all(1)
+        searched = torch.searchsorted(above, uniform[:, None], right=True)[:, 0]
+        assert torch.equal(tokens[clear], searched[clear])
+    else:
+        assert torch.equal(tokens, logits.argmax(-1))
+    assert picked.isfinite().all()  # never a token of probability zero
+    torch.testing.assert_close(logprobs.double(), picked, rtol=2e-6, atol=2e-6)
+    entropy = torch.special.entr(expected.exp()).sum(-1)
+    torch.testing.assert_close(entropies.double(), entropy, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("vocab", [3, 320, 5000])
+def test_a_token_of_probability_zero_is_never_drawn(vocab):
+    rows = 400
+    logits = torch.randn(rows, vocab).masked_fill(torch.rand(rows, vocab) < 0.7, -math.inf)
+    logits[:, vocab // 2] = 0.1
+    logits[:10] = -math.inf
+    logits[:10, vocab // 2] = -5.0  # the only one
+    for number in (0.0, 0.3, 1 - 2**-53):
+        uniform = torch.full((rows,), number, dtype=torch.float64)
+        tokens, logprobs, entropies = memory.choose_tokens(logits, 0.7, uniform)
+        assert logprobs.isfinite().all() and entropies.isfinite().all()
+        assert logits.gather(1, tokens[:, None]).isfinite().all()
+        assert (tokens[:10] == vocab // 2).all()
+        assert (logprobs[:10] == 0).all() and (entropies[:10] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [300, 5000])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_near_certain_tokens_keep_their_precision(vocab, temperature):
+    logits = torch.full((3, vocab), -25.0)
+    logits[:, 200] = torch.tensor([0.0, 3.0, 6.0])
+    half = torch.full((3,), 0.5, dtype=torch.float64)
+    _, logprobs, entropies = memory.choose_tokens(logits, temperature, half)
+    expected, _ = in_float64(logits, 1.0)
+    assert expected[2, 200] > -1e-9
+    torch.testing.assert_close(logprobs.double(), expected[:, 200], rtol=1e-4, atol=0)
+    entropy = torch.special.entr(expected.exp()).sum(-1)
+    torch.testing.assert_close(entropies.double(), entropy, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [3, 320, 5000])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_are_not_numbers_give_a_token_whose_logprob_tells(vocab, temperature):
+    logits = torch.randn(4, vocab)
+    logits[0] = math.nan
+    logits[1, 2], logits[2, 1] = math.nan, math.inf
+    uniform = torch.rand(4, dtype=torch.float64)
+    tokens, logprobs, entropies = memory.choose_tokens(logits, temperature, uniform)
+    assert ((0 <= tokens) & (tokens < vocab)).all()
+    assert logprobs.isnan().tolist() == [True, True, True, False]
+    assert entropies.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [64, 320, 5000])
+def test_where_logits_lie_and_which_rows_go_together_change_no_bit(vocab, monkeypatch):
+    logits, uniform = torch.randn(40, vocab) * 3, torch.rand(40, dtype=torch.float64)
+    expected = memory.choose_tokens(logits, 0.7, uniform)
+    for offset in (1, 2, 3, 5, 8):
+        moved = torch.empty(logits.numel() + offset)[offset:].view_as(logits).copy_(logits)
+        wide = torch.empty(40, 3, vocab + offset)[:, 1, offset:].copy_(logits)
+        for elsewhere in (moved, wide):
+            assert all(map(torch.equal, memory.choose_tokens(elsewhere, 0.7, uniform), expected))
+    for at_once in (1, 7 * vocab, 16 * vocab):
+        monkeypatch.setitem(memory.LOGITS_AT_ONCE, "cpu", at_once)
+        assert all(map(torch.equal, memory.choose_tokens(logits, 0.7, uniform), expected))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_depend_neither_on_max_rows_nor_on_who_finishes_when(seed, monkeypatch):
+    """Each answer's tokens are where its own numbers fall in a teacher-forced pass's running sums."""
+    model, group_size, temperature, stops = tiny_model("qwen2"), 2, 1.3, [3, 4, 5, 6, 7, 8, 20, 30]
+    uniform = torch.rand(
+        len(SAMPLED) * group_size, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    monkeypatch.setitem(memory.CHECK_EVERY, "cpu", 1 + seed % 3)
+    ids = {}
+    for max_rows in (None, 1, 2, 4, 5):
+        options = {"group_size": group_size, "max_new_tokens": 12, "temperature": temperature,
+                   "eos_token_id": stops, "pad_token_id": 0, "max_rows": max_rows}
+        got = memory.sample(model, SAMPLED, uniform=uniform, **options)
+        ids[max_rows] = [c.ids for c in got]
+        drawn = memory.sample(model, SAMPLED, generator=torch.Generator().manual_seed(seed), **options)
+        assert [c.ids for c in drawn] == ids[max_rows]  # a generator gives the same numbers
+    assert all(answers == ids[None] for answers in ids.values())
+    assert len({len(answer) for answer in ids[None]}) > 3
+
+    for i, answer in enumerate(ids[None]):
+        prompt = SAMPLED[i // group_size]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        _, above = in_float64(logits, temperature)
+        searched = torch.searchsorted(above, uniform[i, : len(answer), None], right=True)[:, 0]
+        assert answer == searched.tolist()
+        assert not set(answer[:-1]) & set(stops) and (len(answer) == 12 or answer[-1] in stops)
+
+
+def test_a_seed_repeats_the_samples():
+    model = tiny_model("qwen2")
+    draw = lambda seed: memory.sample(model, SAMPLED, group_size=2, max_new_tokens=8, eos_token_id=3,
+                                 pad_token_id=0, generator=torch.Generator().manual_seed(seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_sampling_refuses_what_it_would_get_wrong():
+    model = tiny_model("qwen2")
+    with pytest.raises(ValueError, match="at least one token"):
+        memory.sample(model, [[1], []], max_new_tokens=2, eos_token_id=0, pad_token_id=0)
+    model.config.layer_types, model.config.sliding_window = ["sliding_attention"] * 2, 8
+    with pytest.raises(ValueError, match="window 8"):
+        memory.sample(model, [[1] * 6], max_new_tokens=4, eos_token_id=0, pad_token_id=0)
+    mistral = transformers.MistralConfig(sliding_window=8)  # says nothing of its layers' types
+    with pytest.raises(ValueError, match="window 8"):
+        memory.refuse_short_windows(mistral, 10)
+    memory.refuse_short_windows(mistral, 8)
+    text = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match="window 8"):  # the text model of one that sees images as well
+        memory.refuse_short_windows(transformers.Gemma3Config(text_config=text), 10)
+    memory.refuse_short_windows(transformers.MistralConfig(sliding_window=None), 10)

@@ -35,7 +35,7 @@ PROMPTS = [LONG, list(range(60, 75)), LONG[:290] + [7, 8]]
 
 def new_sampler(model, **changes):
     settings = {"stops": [290], "max_model_len": 512, "kv_cache_bytes": 64 << 20, "max_rows": 16}
-    return g.VLLMSampler(model, **{**settings, **changes})
+    return memory.VLLMSampler(model, **{**settings, **changes})
 
 
 def answers(sampler, temperature=1.0, seed=0, prompts=PROMPTS, group_size=2, tokens=24):
@@ -121,7 +121,7 @@ def test_sampling_draws_no_random_number_of_this_process(sampler):
 @needs_vllm
 def test_greedy_answers_are_those_of_our_sampler(sampler):
     theirs = answers(sampler, temperature=0.0, group_size=1)
-    ours = g.sample(
+    ours = memory.sample(
         sampler.model, PROMPTS, max_new_tokens=24, temperature=0.0, eos_token_id=290, pad_token_id=291
     )
     assert [x.ids for x in theirs] == [x.ids for x in ours]
@@ -366,14 +366,14 @@ def test_a_resumed_run_goes_on_with_the_same_samples(tmp_path):
 @needs_vllm
 def test_weights_that_stay_behind_end_the_run(tmp_path, monkeypatch):
     """Not renewed, the head is what a CPU build's was; the policy moves far in a step."""
-    real, calls = g.VLLMSampler.take_weights, []
+    real, calls = memory.VLLMSampler.take_weights, []
 
     def only_at_first(sampler):
         calls.append(1)
         if len(calls) < 4:
             real(sampler)
 
-    monkeypatch.setattr(g.VLLMSampler, "take_weights", only_at_first)
+    monkeypatch.setattr(memory.VLLMSampler, "take_weights", only_at_first)
     with pytest.raises(g.InputError, match="nats from the sampler's"):
         g.train(config_of(tmp_path, "run", sampler="vllm", steps=9, learning_rate=0.02,
                           lr_schedule="constant", reward=["countdown_format"], max_new_tokens=20))
