@@ -10,6 +10,7 @@ quantized or sharded weights, models whose logits are not hidden @ weight.T.
 import copy
 import gc
 import http.client
+import inspect
 import itertools
 import json
 import logging
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -370,22 +371,29 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         params = self._params()
         if self.ranks == 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
-        somewhere = torch.tensor([p.grad is not None for p in params], dtype=torch.int32).to(params[0].device)
-        dist.all_reduce(somewhere, dist.ReduceOp.MAX)
-        params = [p for p, found in zip(params, somewhere.tolist()) if found]
-        norms = torch.zeros(len(params), device=somewhere.device)
-        for i, p in enumerate(params):
-            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad.contiguous()
+        # What a rank does alone goes through gather: where it fails, no rank waits for it in a collective.
+        somewhere = gather(lambda: [i for i, p in enumerate(params) if p.grad is not None])
+        params = [params[i] for i in sorted(set(somewhere))]
+
+        def complete() -> list:
+            for p in params:
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad.contiguous()
+            return []
+
+        def own_norms() -> list[tuple[int, float]]:
+            mine = [i for i, p in enumerate(params) if p.grad is not None]
+            norms = [torch.nn.utils.get_total_norm([params[i].grad]) for i in mine]
+            return list(zip(mine, torch.stack(norms).tolist() if norms else []))
+
+        gather(complete)
+        for p in params:
             for part in p.grad.view(-1).split(OPTIMIZER_SLICE):  # gloo takes as much again as it is given
                 dist.reduce(part, self.owner[p])
-            if self.owner[p] == self.rank:
-                norms[i] = torch.nn.utils.get_total_norm([p.grad])
-            else:
+            if self.owner[p] != self.rank:
                 p.grad = None
         # Not the owners' norms but the parameters': equal gradients have one norm however they are owned.
-        dist.all_reduce(norms)
-        norm = torch.linalg.vector_norm(norms)
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        norm = torch.linalg.vector_norm(torch.tensor([x for _, x in sorted(gather(own_norms))]))
+        gather(lambda: torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm) or [])
         return norm
 
     @torch.no_grad()
@@ -393,11 +401,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         """Update the parameters that have a gradient. Several ranks must call sum_gradients() before it."""
         if any(p.grad is not None and self.owner[p] != self.rank for p in self._params()):
             raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
-        loss = super().step(closure)
-        if self.ranks > 1:
-            for p in self._params():
-                dist.broadcast(p.data, self.owner[p])
-        return loss
+        update = super().step
+        losses = gather(lambda: [update(closure)])  # an error on one rank is raised on all
+        for p in self._params() if self.ranks > 1 else ():
+            dist.broadcast(p.data, self.owner[p])
+        return losses[self.rank]
 
     def state_dict(self) -> dict:
         """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True.
@@ -406,27 +414,19 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         the whole state; what came from other ranks is in host memory. The others get what they own.
         """
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
-        if self.ranks > 1:
-            states = (self._at_rank_0(p) for p in self._params())
-            saved["state"] = {i: state for i, state in enumerate(states) if state}
+        states, params = saved["state"], self._params()
+        # Tensor by tensor, because pickling takes three times as much.
+        layouts = gather(lambda: [(i, moved(x, "meta")) for i, x in states.items()]) if self.ranks > 1 else []
+        for i, layout in layouts:
+            owner = self.owner[params[i]]
+            if self.rank == 0 and owner != 0:
+                states[i] = {k: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x
+                             for k, x in layout.items()}
+            for x in states[i].values() if owner != 0 and self.rank in (0, owner) else ():
+                if isinstance(x, Tensor):
+                    dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
+        saved["state"] = dict(sorted(states.items()))
         return saved
-
-    def _at_rank_0(self, p: nn.Parameter) -> dict:
-        """The state of p, which its owner sends to rank 0, by tensors: pickling takes three times as much."""
-        state, owner = self.state.get(p, {}), self.owner[p]
-        if owner == 0 or self.rank not in (0, owner):
-            return state
-        layout = [moved(state, "meta")]
-        if self.rank == owner:
-            dist.send_object_list(layout, 0)
-        else:
-            dist.recv_object_list(layout, owner)
-            state = {k: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x
-                     for k, x in layout[0].items()}
-        for x in state.values():
-            if isinstance(x, Tensor):
-                dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
-        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what state_dict() gave, bit for bit, onto a list of parameters like the one saved.
@@ -540,15 +540,12 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
     return F.embedding(slots, output.flatten(2).flatten(0, 1))[None], None
 
 
-def packed_hidden_states(
-    backbone: nn.Module, prompts: list[list[int]], completions: list[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of E rows, each a prompt and its completion (token ids), with every token computed once.
+def pack(prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+    """Lay out E rows, each a prompt and its completion (token ids), so that every token is computed once.
 
-    A prompt that several completions share goes through the model once, and padding never does. Only
-    attention, a small part of the work, runs on E padded rows. Returns (hidden[T, H], places[E, L] on the
-    host): row e's token i has hidden[places[e, i]]. The backbone's model must have gone through
-    prepare_model.
+    A prompt that several completions share goes through the model once, and padding never does. Returns what
+    packed_hidden_states takes, int64 on the host: ids[1, T], positions[1, T], slots[T] (see packed_attention)
+    and places[1, 1, E, L]: row e's token i is the token places[0, 0, e, i] of all T.
 
     Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
     [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding.
@@ -564,12 +561,30 @@ def packed_hidden_states(
         ids += (prompt + completion)[shared:]
         positions += range(shared, end)
         slots += range(row * longest + shared, row * longest + end)
-    on_device = partial(torch.as_tensor, device=backbone.device)
-    output = backbone(
-        on_device([ids]), position_ids=on_device([positions]), slots=on_device(slots), use_cache=False,
-        attention_mask=on_device(places)[None, None],  # of four dimensions, it reaches the attention as it is
-    )
-    return output.last_hidden_state[0], places
+    return [torch.tensor([ids]), torch.tensor([positions]), torch.tensor(slots), places[None, None]]
+
+
+def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of tensors of one dtype, by a single copy to the device, for which the host does not wait."""
+    together = torch.cat([x.flatten() for x in tensors])
+    if device.type == "cuda":
+        together = together.pin_memory()
+    parts = together.to(device, non_blocking=True).split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors)]
+
+
+def packed_hidden_states(
+    backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor, places: Tensor
+) -> Tensor:
+    """Hidden states [T, H] of packed tokens (see pack), all on the backbone's device.
+
+    Only attention, a small part of the work, runs on E padded rows. The backbone's model must have gone
+    through prepare_model.
+    """
+    # A mask of four dimensions reaches the attention as it is.
+    return backbone(
+        ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False
+    ).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -617,8 +632,9 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     alone = [row[: len(prompt + completion)] for row, completion in zip(seen[0], completions)]
     try:
         model.set_attn_implementation("packed")
-        hidden, places = packed_hidden_states(backbone, [prompt] * 2, completions)
-        packed = [hidden[place[: len(row)]] for place, row in zip(places, alone)]
+        layout = on_device(pack([prompt] * 2, completions), weight.device)
+        hidden = packed_hidden_states(backbone, *layout)
+        packed = [hidden[place[: len(row)]] for place, row in zip(layout[-1][0, 0], alone)]
         same = all((x - y).float().norm() < 0.05 * y.float().norm() for x, y in zip(packed, alone))
     except (RuntimeError, TypeError, ValueError) as error:  # from attention that doesn't know these arguments
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "CUDA" in str(error):
@@ -641,14 +657,13 @@ def sequence_logprobs(
     count. A prompt is computed once for all its answers here, and only tokens that count reach the head.
     """
     learning = torch.is_grad_enabled()
+    layout = pack([s.prompt for s in sequences], [s.completion[:-1] for s in sequences])
+    # The position before a token predicts it.
+    where = [row[s.counted + len(s.prompt) - 1] for row, s in zip(layout[-1][0, 0], sequences)]
+    targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
+    *layout, where, targets = on_device([*layout, torch.cat(where), torch.cat(targets)], model.device)
     with recompute_layers(model, recomputed_layers if learning else 0):
-        hidden, places = packed_hidden_states(
-            model.base_model, [s.prompt for s in sequences], [s.completion[:-1] for s in sequences]
-        )
-        # The position before a token predicts it.
-        where = [row[s.counted + len(s.prompt) - 1] for row, s in zip(places, sequences)]
-        targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
-        where, targets = (torch.cat(x).to(hidden.device) for x in (where, targets))
+        hidden = packed_hidden_states(model.base_model, *layout)
         # F.embedding, because a prompt's last position comes up for each answer: indexing would add up their
         # gradients in the order in which threads arrive.
         hidden = F.embedding(where, hidden)
@@ -854,10 +869,16 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
     cache = transformers.DynamicCache()
     positions = (visible.cumsum(1) - 1).clamp(min=0)
     logits = model(
-        ids, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1
+        ids, attention_mask=visible, position_ids=positions, use_cache=True, logits_to_keep=1,
+        **{cache_argument(type(model)): cache},
     ).logits[:, -1]
     return cache, visible.bool(), logits
+
+
+@lru_cache
+def cache_argument(model_class: type) -> str:
+    """The name by which a model takes its cache: transformers 5.24 and later warn of the older one."""
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
 
 
 # Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, more on a GPU.
@@ -1050,7 +1071,7 @@ def sample(
         mask[live, cache.column] = 0
         logits = model(
             token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
-            position_ids=position[live, None], past_key_values=cache, use_cache=True,
+            position_ids=position[live, None], use_cache=True, **{cache_argument(type(model)): cache},
         ).logits[:, -1]
         cache.column += 1
         position += ~done  # a finished row's would run past the context
@@ -1062,8 +1083,8 @@ def sample(
 
 
 def refuse_short_windows(config, tokens: int) -> None:
-    """Raises ValueError when the model's attention doesn't reach over `tokens` tokens, as `sample` and
-    packing need."""
+    """Raises ValueError if the model can't compute rows of up to `tokens` tokens as `sample` and packing do:
+    its attention doesn't reach over all of them, or its positions change with the longest row."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
@@ -1075,6 +1096,17 @@ def refuse_short_windows(config, tokens: int) -> None:
             f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of {tokens} "
             "tokens; use a model with full attention, or a shorter --max-new-tokens"
         )
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one for each type of layer
+        kind = part.get("rope_type", part.get("type"))
+        limit = (part.get("original_max_position_embeddings")
+                 or getattr(config, "original_max_position_embeddings", None)
+                 or config.max_position_embeddings)
+        # transformers picks the frequencies of a whole batch by its longest row: one row beyond the limit
+        # changes every other, and a row that crosses it has keys of both kinds in its cache.
+        if kind in ("longrope", "dynamic") and tokens > limit:
+            raise ValueError(f"the model's positions ({kind}) are other ones beyond {limit} tokens, and a "
+                             f"prompt and its answer may have {tokens}; lower --max-new-tokens")
 
 
 class VLLMSampler:
