@@ -863,14 +863,15 @@ class RowCache(transformers.Cache):
 
 def prefill(model, prompts: list[list[int]], pad_token_id: int):
     """One pass over the prompts, padded on the left: (cache, visible[rows, columns], logits[rows, V])."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
-    visible = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    padding = [max(map(len, prompts)) - len(p) for p in prompts]
+    ids, visible = on_device([
+        torch.tensor([[pad_token_id] * n + p for n, p in zip(padding, prompts)]),
+        torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)]),
+    ], model.device)
     cache = transformers.DynamicCache()
-    positions = (visible.cumsum(1) - 1).clamp(min=0)
     logits = model(
-        ids, attention_mask=visible, position_ids=positions, use_cache=True, logits_to_keep=1,
-        **{cache_argument(type(model)): cache},
+        ids, attention_mask=visible, position_ids=(visible.cumsum(1) - 1).clamp(min=0), use_cache=True,
+        logits_to_keep=1, **{cache_argument(type(model)): cache},
     ).logits[:, -1]
     return cache, visible.bool(), logits
 
@@ -961,11 +962,11 @@ def sample(
     eos_token_id: int | list[int], pad_token_id: int, generator: torch.Generator | None = None,
     uniform: Tensor | None = None, max_rows: int | None = None,
 ) -> list[Completion]:
-    """`group_size` completions of each prompt, prompt after prompt.
+    """`group_size` completions of each prompt (token ids), prompt after prompt.
 
-    Each prompt is run once and its cache copied to its group. All rows are decoded together; rows that finish
-    make room for prompts that wait (at most `max_rows` are live), or, when none waits, leave the batch.
-    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1); without it, all are drawn from
+    Each prompt is run once, and its cache is copied to its group. All rows are decoded together. Rows that
+    finish make room for prompts that wait (at most `max_rows` are live); when none waits, they leave.
+    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1). Without it, all are drawn from
     `generator` at the start. So what is sampled depends neither on `max_rows` nor on who finishes when.
     `temperature` 0 is greedy and draws nothing. Raises ValueError for an empty prompt, or a model whose
     attention can't see the whole answer.
@@ -991,82 +992,89 @@ def sample(
             total, max_new_tokens, dtype=torch.float64, generator=generator,
             device=generator.device if generator else None,
         )
-    # What was sampled, by episode; finished rows go on writing, into the last column, until they are removed.
-    # They have a random number there too.
+    # By answer. Finished rows go on writing, into the last column, until they are removed; they need a random
+    # number there too.
     uniform = F.pad(uniform.to(device), (0, 1)) if temperature else None
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
     finished = torch.zeros(total, dtype=torch.bool, device=device)
-
-    # What is going on, by live row.
-    episode, token, position, start = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
+    # By live row.
+    answer, token, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
     done = torch.ones(rows, dtype=torch.bool, device=device)
+    start = [0] * rows  # the first column of its prompt
 
     def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
-        who, stopped = episode[where], done[where]
+        who, stopped = answer[where], done[where]
         column = torch.where(stopped, max_new_tokens, lengths[who])
         draws = uniform[who, column] if temperature else None
-        token[where], logprob, entropy = choose_tokens(logits, temperature, draws)
-        ids[who, column], logprobs[who, column], entropies[who, column] = token[where], logprob, entropy
+        chosen, logprobs[who, column], entropies[who, column] = choose_tokens(logits, temperature, draws)
+        token[where] = ids[who, column] = chosen
         lengths[who] += ~stopped
-        finished[who] |= ~stopped & torch.isin(token[where], stops)
+        finished[who] |= ~stopped & (chosen[:, None] == stops).any(-1)  # torch.isin would wait
         done[where] = stopped | finished[who] | (lengths[who] == max_new_tokens)
 
-    def admit(first: int, count: int) -> None:
-        """Prefill the prompts of `count` episodes into free rows, and draw their first tokens."""
-        free = done.nonzero().squeeze(1)[:count]
-        chosen = torch.arange(first, first + count, device=device)
-        source = chosen // group_size - first // group_size
-        batch = prompts[first // group_size : (first + count - 1) // group_size + 1]
+    def admit(first: int, free: list[int]) -> None:
+        """Prefill the prompts of as many answers as there are free rows, and draw their first tokens."""
+        answers = torch.arange(first, first + len(free))
+        source = answers // group_size - first // group_size
+        batch = prompts[first // group_size : (first + len(free) - 1) // group_size + 1]
         prefilled, visible, logits = prefill(model, batch, pad_token_id)
-        cache.live = max(cache.live, int(free.max()) + 1)
-        cache.place(prefilled, source, free)
+        for row, i in zip(free, source.tolist()):
+            start[row] = cache.column - len(batch[i])
+        where, source, answers = on_device([torch.tensor(free), source, answers], device)
+        cache.live = max(cache.live, free[-1] + 1)
+        cache.place(prefilled, source, where)
         del prefilled  # its memory is the decoding's
-        mask[free] = blocked
-        mask[free, cache.column - visible.shape[1] : cache.column] = (
+        mask.index_fill_(0, where, blocked)
+        mask[where, cache.column - visible.shape[1] : cache.column] = (
             torch.where(visible, 0, blocked)[source].to(mask.dtype)
         )
-        position[free] = visible.sum(1)[source]
-        start[free] = cache.column - position[free]
-        episode[free], done[free] = chosen, False
-        record(free, logits[source])
+        position[where] = visible.sum(1)[source]
+        answer[where] = answers
+        done.index_fill_(0, where, False)
+        record(where, logits[source])
 
-    def close_gaps(live: int) -> None:
-        """Let the `live` rows that go on be the first ones."""
-        gaps = done[:live].nonzero().squeeze(1)
-        movers = live + (~done[live : cache.live]).nonzero().squeeze(1)
-        for state in (mask, episode, token, position, start, done):
+    def close_gaps(going: list[int]) -> None:
+        """Let the rows that go on be the first ones."""
+        live = len(going)
+        gaps, movers = sorted(set(range(live)) - set(going)), [row for row in going if row >= live]
+        for gap, mover in zip(gaps, movers):
+            start[gap] = start[mover]
+        gaps, movers = on_device([torch.tensor(x, dtype=torch.long) for x in (gaps, movers)], device)
+        for state in (mask, answer, token, position, done):
             state[gaps] = state[movers]
         done[live:] = True
         cache.shrink(live, gaps, movers)
 
-    def forget_columns() -> None:
-        """Drop columns that only finished rows see; a waiting prompt can still end at the current one."""
-        unseen = min(int(start[~done].min()), cache.column - longest)
+    def forget_columns(seen: int) -> None:
+        """Drop the columns before `seen`, which only finished rows see."""
+        unseen = min(seen, cache.column - longest)  # a waiting prompt can still end at the current one
         mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
         cache.forget(unseen)
-        start.sub_(unseen)
+        start[:] = [column - unseen for column in start]
 
     admitted = 0
     for step in itertools.count():
         if step % check_every == 0 or cache.column == cache.columns:
-            unfinished = int((~done[: cache.live]).sum())
-            room = min(rows - unfinished, total - admitted)
+            over = done.tolist()  # here the host waits for the device
+            going = [row for row in range(cache.live) if not over[row]]
+            free = [row for row in range(rows) if over[row]]
+            room = min(len(free), total - admitted)
             # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
             if room and room >= min(total - admitted, max(1, rows // 8)):
                 while room:  # in slices of a few prompts
                     count = min(room, PREFILLED * group_size - admitted % group_size)
-                    admit(admitted, count)
-                    admitted, room = admitted + count, room - count
+                    admit(admitted, free[:count])
+                    admitted, room, free = admitted + count, room - count, free[count:]
                 continue
-            if not unfinished:
+            if not going:
                 break
-            if admitted == total and unfinished < cache.live:
-                close_gaps(unfinished)
-        if cache.column == cache.columns:
-            forget_columns()
+            if cache.column == cache.columns:
+                forget_columns(min(start[row] for row in going))
+            if admitted == total and len(going) < cache.live:
+                close_gaps(going)
         live = slice(cache.live)
         mask[live, cache.column] = 0
         logits = model(
@@ -1099,11 +1107,10 @@ def refuse_short_windows(config, tokens: int) -> None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one for each type of layer
         kind = part.get("rope_type", part.get("type"))
-        limit = (part.get("original_max_position_embeddings")
-                 or getattr(config, "original_max_position_embeddings", None)
-                 or config.max_position_embeddings)
+        limit = part.get("original_max_position_embeddings") if kind == "longrope" else None
+        limit = limit or config.max_position_embeddings
         # transformers picks the frequencies of a whole batch by its longest row: one row beyond the limit
-        # changes every other, and a row that crosses it has keys of both kinds in its cache.
+        # changes all others, and a row that crosses it has keys of both kinds in its cache.
         if kind in ("longrope", "dynamic") and tokens > limit:
             raise ValueError(f"the model's positions ({kind}) are other ones beyond {limit} tokens, and a "
                              f"prompt and its answer may have {tokens}; lower --max-new-tokens")
