@@ -886,69 +886,36 @@ def cache_argument(model_class: type) -> str:
 LOGITS_AT_ONCE = {"cpu": 2**20}  # else 2**24
 
 
-def choose_tokens(
-    logits: Tensor, temperature: float, uniform: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = None) -> tuple[Tensor, ...]:
     """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows].
 
-    The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1.
-    Large vocabularies take two stages: which 128 tokens, then which of them; so the running sums, in float64
-    because float32 would round the rare tokens' shares, are short, and of float32 logits at most twice
-    LOGITS_AT_ONCE are made.
-    Temperature 0 takes the best token and leaves `uniform` alone; its numbers are those at temperature 1.
-    A row with NaN or +inf gets any token, with a log-probability of NaN, which tells on the step.
+    The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1;
+    at temperature 0 the likeliest, with its numbers at 1. A row with NaN or +inf has a NaN log-probability.
     """
-    # With z = (logit - the row's top) / temperature, the entropy is log sum e^z - moment / sum e^z, where
-    # `moment` is the sum of z e^z. `share` is u, and after the first stage the u of the chosen block.
-    (rows, vocab), heat, size = logits.shape, temperature or 1.0, 128
-    share = uniform[:, None] if temperature else None
-    tokens = None if temperature else logits.argmax(-1, keepdim=True)
-    first, others = 0, 0.0  # of the chosen block: its first token, and the sum over all other blocks
-    if vocab <= 1024:
-        top, size = logits.amax(-1, keepdim=True).float(), vocab
-        z = (logits.float() - top).div_(heat)
-        moment = (z.exp() * z).nansum(-1, keepdim=True)
-    else:
-        blocks = math.ceil(vocab / size)
-        at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
-        new = partial(logits.new_empty, dtype=torch.float32)
-        z, (top, moment), sums = new(at_once, vocab), new(2, rows, 1), new(rows, blocks)
-        p = logits.new_zeros((at_once, blocks * size), dtype=torch.float32)  # zeros fill the last block up
-        for i in range(0, rows, at_once):
-            part = slice(i, min(i + at_once, rows))
-            z, p = z[: part.stop - i], p[: part.stop - i]
-            top[part] = logits[part].amax(-1, keepdim=True)
-            torch.sub(logits[part], top[part], out=z)
-            torch.exp2(z.mul_(1 / (heat * math.log(2))), out=p[:, :vocab])  # half of exp's time
-            torch.sum(p.view(-1, blocks, size), -1, out=sums[part])
-            # nansum: a probability of zero times its logit of -inf is zero in the entropy.
-            torch.nansum(z.mul_(p[:, :vocab]), -1, keepdim=True, out=moment[part])
-        moment *= math.log(2)
+    (rows, vocab), made = logits.shape, []
+    at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
+    scaled, shares = logits.new_full((2, at_once, -(-vocab // 128) * 128), -math.inf, dtype=torch.float32)
+    for i in range(0, rows, at_once):
+        x = logits[i : i + at_once]
+        z, p, (top, token) = scaled[: len(x)], shares[: len(x)], x.max(-1, keepdim=True)
+        torch.sub(x, top.float(), out=z[:, :vocab]).div_(temperature or 1.0)
+        by_128 = torch.exp(z, out=p).unflatten(-1, (-1, 128))
+        sums, block = by_128.sum(-1), token // 128
         running = sums.cumsum(-1, dtype=torch.float64)
-        if temperature:
-            target = share * running[:, -1:]
-            block = torch.searchsorted(running, target, right=True).clamp_(max=blocks - 1)
-            # How far into its block the target lies is uniform again; rounding must not take it out.
-            share = (target - running.gather(1, block)) / sums.gather(1, block) + 1
-            share.clamp_(0, 1 - 2**-53)
-        else:
-            block = tokens // size
-        first, others = block * size, running[:, -1:] - sums.gather(1, block)
-        places = first + torch.arange(size, device=logits.device)
-        logits = logits.gather(1, places.clamp(max=vocab - 1)).masked_fill_(places >= vocab, -math.inf)
-        z = (logits.float() - top).div_(heat)
-
-    running = z.exp().cumsum(-1, dtype=torch.float64)
-    if temperature:
-        within = torch.searchsorted(running, share * running[:, -1:], right=True).clamp_(max=size - 1)
-    else:
-        within = tokens - first
-    # The chosen block's sum in float64: what a near-certain token leaves to the others is not rounded away.
-    log_total = (running[:, -1:] + others).log_()
-    logprobs = z.gather(1, within) - log_total
-    entropies = (log_total - moment / log_total.exp()).nan_to_num_(nan=0.0)
-    tokens = (first + within).clamp_(max=vocab - 1)
-    return tokens[:, 0], logprobs[:, 0].float(), entropies[:, 0].float()
+        if temperature:  # which 128 tokens
+            target = uniform[i : i + at_once, None] * running[:, -1:]
+            block = torch.searchsorted(running, target, right=True).clamp_(max=sums.shape[1] - 1)
+        within = by_128.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
+        if temperature:  # which of them: how far into their sum the target lies is uniform again
+            share = ((target - running.gather(1, block)) / sums.gather(1, block) + 1).clamp_(0, 1 - 2**-53)
+            place = torch.searchsorted(within, share * within[:, -1:], right=True)
+            token = (128 * block + place).clamp_(max=vocab - 1)
+        # In float64, what a near-certain token leaves to the others is not rounded away.
+        log_total = (within[:, -1:] + running[:, -1:] - sums.gather(1, block)).log()
+        moment = p.mul_(z).nansum(-1, keepdim=True)  # a share of 0 times -inf is 0
+        made.append((token, z.gather(1, token) - log_total, log_total - moment / log_total.exp()))
+    tokens, logprobs, entropies = (torch.cat(x)[:, 0] for x in zip(*made))
+    return tokens, logprobs.float(), entropies.nan_to_num(nan=0.0).float()
 
 
 # Steps between looks at which rows have finished: each look makes the host wait for the GPU.
