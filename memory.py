@@ -585,8 +585,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
             raise
         same = False
     if not same:
-        raise ValueError(f"{name}: its attention doesn't go through transformers' interface, so no prompt can "
-                         "be computed once for all its answers; use a model like Qwen2, Llama or Mistral")
+        raise ValueError(f"{name}: its attention doesn't go through transformers' interface, so no prompt can"
+                         " be computed once for all its answers; use a model like Qwen2, Llama or Mistral")
     return backbone, weight
 
 
