@@ -1,10 +1,7 @@
-"""What goes into a run and what comes out of it.
+"""What goes into a run (tasks, files, models), and what comes out (its folder, what a person sees).
 
-In: tasks and their prompt formats, local files, hub data sets, policies, the embedded one among them. Out:
-the run's folder with its checkpoints, jsonl lines and picture, and what a person sees. An example is a plain
-dict: `prompt` (text, used as it stands, or a list of chat messages, put through the tokenizer's chat
-template) beside the columns that its reward reads (`nums` and `target`, or `answer`, or whatever a file
-brings) and, where supervised demonstrations are wanted, `completion`.
+An example is a dict. Its `prompt` is text, used as it stands, or a list of chat messages, which the
+tokenizer's chat template turns into text. A cold start imitates its `completion`; rewards read the rest.
 
     train, heldout = load_task("countdown", train_examples=1000, eval_examples=100, seed=0)
     ids = encode_prompt(tokenizer, train[0]["prompt"])
@@ -12,7 +9,8 @@ brings) and, where supervised demonstrations are wanted, `completion`.
 Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mixing several tasks in one run.
 """
 
-import hashlib
+import codecs
+import csv
 import html
 import importlib
 import itertools
@@ -25,9 +23,9 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
@@ -43,29 +41,39 @@ MINI_LARGEST = 30  # largest number of a mini-countdown problem; the embedded po
 
 
 class InputError(ValueError):
-    """What the user gave can't be used; the message says what was given, what is allowed, what to type."""
+    """What the user gave can't be used. The message says what was given, what is allowed, what to type."""
 
 
-def fetch(what: str, load: Callable, name: str, /, **options):
-    """load(name), of a file or folder here or a hub id; InputError, about `what`, when it can't be had."""
-    is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix not in FILE_TYPES
+class Example(dict):
+    """A row of a task; `where` is its place, such as "mine.csv, row 7", or "" for a problem made here."""
+    where = ""
+
+
+def fetch(what: str, load: Callable, name: str, **options):
+    """load(name), of a file, a folder or a hub id. Any failure is an InputError about `what`."""
+    is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix.lower() not in FILE_TYPES
     if not is_hub_id and not Path(name).exists():
         raise InputError(f"{what}: no such file or folder; check the path, or give a hub id such as "
                          "Qwen/Qwen2.5-0.5B-Instruct or openai/gsm8k")
-    # The hub's client tells of each of its retries; the error says all that they say.
-    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # it reports each retry; the error repeats them all
     try:
         return load(name, **options)
-    except Exception as error:  # datasets, transformers, the hub and the network each have their own
-        raise InputError(f"{what}: can't be loaded ({type(error).__name__}: "
-                         f"{textwrap.shorten(str(error), 200)}); check the files in a local folder, or the "
-                         "id and the network for the hub") from error
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own, and so have the hub and the network
+        cause = error.__cause__ or error
+        raise InputError(f"{what}: can't be loaded ({type(cause).__name__}: {brief(cause)}); check the "
+                         "files in a local folder, or the id and the network for the hub") from error
 
 
-# ---- Prompt formats: example -> text, or messages; a last one from the assistant is a turn left open -------
+def brief(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200)
+
+
+# ---- Prompts: example -> text, or messages. A last message from the assistant is a turn left open. ---------
 
 PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
-    # As nano-aha-moment, GRPO-Zero and Improved-GRPO pose it; ends inside an open `<think>`.
+    # As nano-aha-moment, GRPO-Zero and Improved-GRPO ask it. The prompt ends inside an open `<think>`.
     "countdown": lambda example: [
         {"role": "system", "content": "You are a careful assistant. You reason in your head before you give "
          "the user the answer."},
@@ -81,90 +89,147 @@ PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
          f"target {example['target']}"},
         {"role": "assistant", "content": "<think>"},
     ],
-    # That of simple_GRPO: the model itself opens and closes both tags.
+    # As simple_GRPO asks it: the model itself opens and closes both tags.
     "gsm8k": lambda example: [
         {"role": "system", "content": "You help the user with a question. First think the steps through, "
          "then give the final answer. Put the thinking inside <think> </think> tags and the answer inside "
          "<answer> </answer> tags, like this: <think> your steps </think><answer> the answer </answer>."},
         {"role": "user", "content": example["question"]},
     ],
-    # That of The LM Book: plain text without a chat template, other tags.
+    # As The LM Book asks it: plain text without a chat template, other tags.
     "gsm8k-reasoning": lambda example: (
         "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"
         f"<answer>\nthe final number\n</answer>\n{example['question']}"
     ),
 }
+NOTHING = {"nums": [], "target": "", "question": ""}
+SYSTEM = {PROMPTS[name](NOTHING)[0]["content"] for name in ("countdown", "gsm8k")}
 
 
-def asked_example(text: str, prompt_format: str) -> dict:
-    """The example that a JSON object is; of any other text one whose prompt has it as the user's turn.
-
-    Where the format is none of PROMPTS, as for a task from a file, the text is the prompt as it stands.
-    """
-    example = None
+def asked_example(text: str, prompt_format: str) -> Example:
+    """The example that --ask means: a JSON object, or text for the user's turn of a prompt. The text is the
+    whole prompt if `prompt_format` is not in PROMPTS, as for a task from a file."""
+    row = None
     with suppress(ValueError, RecursionError):
-        example = json.loads(text)
-    if isinstance(example, dict):
-        if "prompt" in example:
-            return make_example(example, "", "--ask")
+        row = json.loads(text)
+    if isinstance(row, dict) and "prompt" not in row:
         try:
-            return {**example, "prompt": PROMPTS[prompt_format](example)}
+            row["prompt"] = PROMPTS[prompt_format](row)
         except (KeyError, TypeError) as error:
             raise InputError(f"--ask {text}: no prompt can be made of it ({type(error).__name__}: {error}); "
                              "an example holds what prompt and rewards read, or a `prompt`") from error
-    if prompt_format not in PROMPTS:
-        return {"prompt": text}
-    prompt = PROMPTS[prompt_format]({"nums": [], "target": "", "question": text})
-    if isinstance(prompt, list):
-        prompt = [{**m, "content": text} if m["role"] == "user" else m for m in prompt]
-    return {"prompt": prompt}
-
-
-def encode_prompt(tokenizer, prompt: str | list[dict], answer: str | None = None) -> list[int]:
-    """Token ids of one prompt: plain text as it stands, chat messages through the tokenizer's chat template.
-
-    A last message from the assistant stays open, so that the completion continues it; otherwise the template
-    opens a new assistant turn. An `answer` continues the one or fills the other, and ends the conversation.
-    A tokenizer without a template gets the messages' texts, one a line.
-    """
-    if isinstance(prompt, str):
-        return tokenizer(prompt + (answer or "")).input_ids
-    is_open, is_asked = prompt[-1]["role"] == "assistant", answer is None
-    if not is_asked:
-        asked, opening = (prompt[:-1], prompt[-1]["content"]) if is_open else (prompt, "")
-        prompt = [*asked, {"role": "assistant", "content": opening + answer}]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in prompt)).input_ids
-    try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False,
-                                             continue_final_message=is_open and is_asked,
-                                             add_generation_prompt=is_asked and not is_open)
-    except Exception as error:  # a template is a program of its own
-        raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses the messages "
-                         f"{str(prompt)[:80]!r} ({textwrap.shorten(str(error), 200)}); leave out the role it "
-                         "doesn't know, or give prompts as text") from error
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special ones
+    elif not isinstance(row, dict):
+        prompt = PROMPTS[prompt_format](NOTHING | {"question": text}) if prompt_format in PROMPTS else text
+        if isinstance(prompt, list):
+            prompt = [m | {"content": text} if m["role"] == "user" else m for m in prompt]
+        row = {"prompt": prompt}
+    return make_example(row, "", "--ask")
 
 
 def last_request(prompt: str | list[dict]) -> str:
     """What the prompt asks: its text, or the last message that is not the assistant's open turn."""
     if isinstance(prompt, str):
         return prompt
-    return next((m["content"] for m in reversed(prompt) if m["role"] != "assistant"), prompt[0]["content"])
+    return ([m["content"] for m in prompt if m["role"] != "assistant"] or [prompt[0]["content"]])[-1]
 
 
-def tokenize(tokenizer, config, examples: list[dict], max_new_tokens: int) -> int:
-    """Put `prompt_ids` into each example; returns the longest's tokens. InputError if one leaves no room."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # Bloom has no limit
+# ---- Prompts and demonstrations as token ids ---------------------------------------------------------------
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt: text as it stands, or chat messages as the tokenizer's template writes them. A
+    last message from the assistant begins the answer. Without a template, each message is a line."""
+    return encode(tokenizer, prompt)[0]
+
+
+def encode(tokenizer, prompt: str | list[dict]) -> tuple[list[int], str]:
+    """A prompt's token ids, and the tag that it leaves open: `<think>`, another one, or ""."""
+    ids_of = lambda text, **options: tokenizer(text, verbose=False, **options).input_ids
+    tag = lambda text: (re.findall(r"<\w[\w-]*>$", text.rstrip()) or [""])[0]
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        ids, whole = ids_of(text, add_special_tokens=False), ids_of(text)
+        # The tokenizer's own first tokens (BOS) stay, unless the text has them. What it appends (EOS) goes.
+        start = next((i for i in range(len(whole)) if whole[i : i + len(ids)] == ids), 0)
+        return ids if ids[:start] == whole[:start] else whole[:start] + ids, tag(text)
+    # An open turn is added as text: Qwen3's template and others put an empty thought into every whole turn.
+    is_open = prompt[-1]["role"] == "assistant"
+    text, turn = apply_template(tokenizer, prompt[: len(prompt) - is_open]), prompt[-1]["content"] * is_open
+    opened = tag(text)
+    if opened and tag(turn) == opened:  # the template has opened it already
+        turn = turn.rstrip().removesuffix(opened)
+    is_closed = opened.replace("<", "</") in turn
+    return ids_of(text + turn, add_special_tokens=False), tag(turn) or opened * (not is_closed)
+
+
+def apply_template(tokenizer, messages: list[dict]) -> str:
+    """Messages as the tokenizer's chat template writes them, with the beginning of an answer."""
+    text, refused, options = "", None, {"tokenize": False, "add_generation_prompt": True}
+    try:
+        text = tokenizer.apply_chat_template(messages, **options)
+        if re.search(r"</[\w-]+>$", text.rstrip()):  # a thought that it closes unless it is asked to think
+            text = tokenizer.apply_chat_template(messages, **options, enable_thinking=True, thinking=True)
+    except Exception as error:  # noqa: BLE001  a template is a program of its own
+        refused = error
+    if messages and (words := messages[0]["content"]) in SYSTEM and words not in text:
+        user = messages[1] | {"content": f"{words}\n\n{messages[1]['content']}"}
+        return apply_template(tokenizer, [user, *messages[2:]])
+    if refused:
+        raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses the messages "
+                         f"{str(messages)[:80]!r} ({brief(refused)}); put a system message's words at "
+                         "the head of the user's, leave out other roles, or use text prompts") from refused
+    return text
+
+
+def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) -> list[Example]:
+    """Put `prompt_ids` and `opened`, the tag that the prompt leaves open ("": none), into each example.
+
+    Returns the examples that fit the model's context with `max_new_tokens`; one warning is about the others.
+    Raises InputError if none fits, or if the model's embeddings lack a token.
+    """
     for example in examples:
-        example["prompt_ids"] = encode_prompt(tokenizer, example["prompt"])
-    longest = max(examples, key=lambda example: len(example["prompt_ids"]))
-    length = len(longest["prompt_ids"])
-    if length + max_new_tokens > context:
-        raise InputError(f"a prompt of {length} tokens and {max_new_tokens} new ones exceed the model's "
-                         f"context of {context}; lower --max-new-tokens or drop the prompt that begins "
-                         f"{str(longest['prompt'])[:80]!r}")
-    return length
+        example["prompt_ids"], example["opened"] = encode(tokenizer, example["prompt"])
+        refuse_unknown(tokenizer, config, example, "prompt", example["prompt_ids"])
+    context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # Bloom has no limit
+    others = [e for e in examples if len(e["prompt_ids"]) + max_new_tokens > context]
+    if not others:
+        return examples
+    lengths = sorted(len(e["prompt_ids"]) for e in others)
+    short = [length for length in lengths if length < context]
+    told = (f"{len(others)} of {len(examples)} prompts, of up to {lengths[-1]} tokens, with --max-new-tokens "
+            f"{max_new_tokens} exceed the model's context of {context} ({'; '.join(map(place, others[:8]))}"
+            f"{'; ...' * (len(others) > 8)}); ")
+    told += (f"{len(short)} of them fit with --max-new-tokens {context - short[-1]}" if short else
+             "no --max-new-tokens helps, shorten them")
+    if len(others) == len(examples):
+        raise InputError(told)
+    warn(f"{told}. They are left out")
+    return [e for e in examples if len(e["prompt_ids"]) + max_new_tokens <= context]
+
+
+def demonstration_ids(tokenizer, config, example: Example, rng: random.Random) -> list[int]:
+    """Token ids of an answer to imitate, which ends with one end-of-sequence token. A tag that the prompt has
+    opened is not opened again. Raises InputError if the model's embeddings lack a token."""
+    text, opened, end = demonstration(example, rng), example.get("opened"), tokenizer.eos_token
+    if opened and text.lstrip().startswith(opened):
+        text = text.lstrip().removeprefix(opened)
+    while text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end)
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    refuse_unknown(tokenizer, config, example, "demonstration", ids)
+    return ids
+
+
+def refuse_unknown(tokenizer, config, example: Example, what: str, ids: list[int]) -> None:
+    rows, largest = config.get_text_config().vocab_size, max(ids, default=0)
+    if largest >= rows or not ids:
+        token = f"token {tokenizer.convert_ids_to_tokens(largest)} (id {largest})" if ids else "no token"
+        raise InputError(f"{place(example)}: the {what} has {token}, and the model's embeddings have {rows} "
+                         "rows; leave it out, or resize the embeddings")
+
+
+def place(example: dict) -> str:
+    return getattr(example, "where", "") or f"the prompt that begins {last_request(example['prompt'])[:60]!r}"
 
 
 # ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
@@ -173,10 +238,7 @@ APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 
 
 def random_expression(numbers: list[int], operators: str, rng: random.Random) -> tuple[str, Fraction]:
-    """A random expression over all `numbers` in random order, with few parentheses; its exact value.
-
-    Division by zero is never built. Every binary tree can come up: random parts are joined till one is left.
-    """
+    """A random expression over all `numbers`, in any order and of any shape, and its exact value."""
     parts = [(str(number), Fraction(number), 3) for number in numbers]  # text, value, how tightly it binds
     while len(parts) > 1:
         rng.shuffle(parts)
@@ -192,9 +254,8 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
 def demonstration(example: dict, rng: random.Random) -> str:
     """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown.
 
-    An attempt's format and arithmetic are right; which expression hits the target is what GRPO has to teach.
-    With two numbers it starts with how the target compares with the first one. Plus is chosen twice as often
-    as the others: before GRPO the greedy answer is plus to every problem, and not an accident of the seed.
+    An attempt's format and arithmetic are right. GRPO has to teach which expression hits the target. Plus is
+    twice as frequent as the others: so, with every seed, it is the greedy answer to all problems before GRPO.
     """
     if isinstance(example.get("completion"), str):
         return example["completion"]
@@ -202,7 +263,7 @@ def demonstration(example: dict, rng: random.Random) -> str:
         raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
                          "from; add one, or drop the flag")
     nums, target, compared = example["nums"], example["target"], ""
-    if len(nums) == 2:
+    if len(nums) == 2:  # how the target compares with the first number says much about the operator
         a, b = nums
         compared = f"{target} {'>' if target > a else '<' if target < a else '='} {a}, "
         sign = rng.choice("++-*")
@@ -212,39 +273,34 @@ def demonstration(example: dict, rng: random.Random) -> str:
     return f"{compared}{text} = {value}</think>\n<answer>{text}</answer>"
 
 
-def countdown_problems(count: int, seed: int) -> list[dict]:
-    """`count` different problems like those of Countdown-Tasks-3to4: 3 or 4 numbers of 1-99, target 10-99.
-
-    Every problem is solvable, because its target is the value of a random expression over its numbers.
-    """
-    rng = random.Random(seed)
-    problems: dict[tuple, dict] = {}
+def countdown_problems(count: int, seed: int) -> list[Example]:
+    """`count` different solvable problems like those of Countdown-Tasks-3to4: 3 or 4 numbers of 1-99, and the
+    value of a random expression over them, of 10-99, as the target."""
+    rng, problems = random.Random(seed), {}
     while len(problems) < count:
         nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
         value = random_expression(nums, "+-*/", rng)[1]
         if value.denominator == 1 and 10 <= value <= 99:
-            problem = {"nums": nums, "target": int(value)}
+            problem = Example(nums=nums, target=int(value))
             problems.setdefault(countdown_key(problem), problem)
     return list(problems.values())
 
 
 def countdown_key(problem: dict) -> tuple:
-    """Two countdown problems are the same when this is: the order of the numbers makes no difference."""
+    """It is equal for two problems that differ at most in the order of their numbers."""
     return tuple(sorted(problem["nums"])), problem["target"]
 
 
-def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], list[dict]]:
+def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
     """All problems of two numbers of 1-30 with a positive target by +, - or *, as (train, held-out).
 
-    The larger number is given first, so that no difference is negative. Held out are all problems of some
-    pairs of numbers: what operator hits a target must be learned elsewhere.
+    The larger number comes first, so no difference is negative. A pair of numbers is in one part only: which
+    operator hits a target must be learned from other pairs.
     """
     pairs = list(itertools.combinations_with_replacement(range(1, MINI_LARGEST + 1), 2))
     random.Random(seed).shuffle(pairs)
-    problems = [
-        {"nums": [b, a], "target": target}
-        for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})
-    ]
+    problems = [Example(nums=[b, a], target=target)
+                for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})]
     if eval_examples > len(problems) // 2:
         raise InputError(f"--eval-examples {eval_examples}: mini-countdown has {len(problems)} problems in "
                          "all; hold out at most half of them")
@@ -254,20 +310,20 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[dict], lis
 
 # ---- Loading -----------------------------------------------------------------------------------------------
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")  # in any case
 
 
 def load_task(
     task: str, *, dataset: str | None = None, prompt_format: str | None = None, train_examples: int,
     eval_examples: int, seed: int,
-) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples of a task, disjoint.
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples of a task. No prompt is in both. InputError if they can't be had.
 
     `task` is `mini-countdown`, `countdown`, `gsm8k`, or a jsonl, json, csv or parquet file with a `prompt`
-    column. `dataset` (a hub id, a local folder or a file) takes the place of the task's own source. At most
-    `train_examples` and exactly `eval_examples` are returned, chosen and ordered by `seed`; a `test` split,
-    where there is one, is what is held out. Raises InputError for anything that can't be used.
+    column. `dataset` (a hub id, a local folder or a file) replaces the task's own source. `seed` chooses and
+    orders at most `train_examples` and exactly `eval_examples`, from the `test` split if there is one.
     """
+    source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
     if task == "mini-countdown":
         if dataset:
             raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it, "
@@ -276,99 +332,133 @@ def load_task(
     elif task == "countdown" and dataset is None:
         problems = countdown_problems(train_examples + eval_examples, seed)
         train, heldout = problems[eval_examples:], problems[:eval_examples]
-    elif task in ("countdown", "gsm8k") or Path(task).suffix in FILE_TYPES:
-        source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
+    elif task in ("countdown", "gsm8k") or Path(task).suffix.lower() in FILE_TYPES:
         train, heldout = read_dataset(source, task, eval_examples, seed)
     else:
         raise InputError(f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a "
                          f"{', '.join(FILE_TYPES)} file with a `prompt` column")
     prompt_format = prompt_format or task
-    if prompt_format in PROMPTS:
-        for example in train + heldout:
-            example["prompt"] = PROMPTS[prompt_format](example)
-            if "reasoning" in example:  # gsm8k's solution, with the tags that its prompt asks for
-                tag = "reasoning" if prompt_format == "gsm8k-reasoning" else "think"
-                example["completion"] = (f"<{tag}>{example['reasoning']}</{tag}>\n"
-                                         f"<answer>{example['answer']}</answer>")
-    key = countdown_key if task == "countdown" else lambda example: json.dumps(example["prompt"])
-    held = {key(example) for example in heldout}
+    for example in train + heldout if prompt_format in PROMPTS else []:
+        example["prompt"] = PROMPTS[prompt_format](example)
+        if "reasoning" in example:  # gsm8k's solution, with the tags that its prompt asks for
+            tag = "reasoning" if prompt_format == "gsm8k-reasoning" else "think"
+            example["completion"] = (f"<{tag}>{example['reasoning']}</{tag}>\n"
+                                     f"<answer>{example['answer']}</answer>")
+    key = countdown_key if task == "countdown" else lambda e: json.dumps(e["prompt"], default=str)
+    held, known = {key(example) for example in heldout}, {key(example) for example in train}
+    if known <= held:
+        prompts = "the same prompt" if len(known) == 1 else f"{len(known)} different prompts"
+        raise InputError(f"{source}: nothing is left to train on. All {len(train)} rows have {prompts}, held "
+                         "out for evaluation; bring rows with other prompts, or lower --eval-examples")
     train = [example for example in train if key(example) not in held]
-    if not train:
-        raise InputError(f"--task {task}: nothing is left to train on beside {len(heldout)} held-out "
-                         "examples; lower --eval-examples or bring more data")
     random.Random(seed).shuffle(train)
     return train[:train_examples], heldout
 
 
-def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[list[dict]]:
-    """[train, held-out] examples of a file, a local folder or a hub data set; they may overlap."""
-    path, place, options = Path(source), source, {}
-    if path.is_file() and path.suffix not in FILE_TYPES:
-        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
-    if path.is_file() and (path.suffix == ".jsonl" or path.stat().st_size == 0):  # empty: no rows
-        splits = {"train": read_jsonl(path)}
+def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[list[Example]]:
+    """[train, held-out] examples of a file, a local folder or a hub data set. A row may be in both."""
+    path, unit = Path(source), "line" if Path(source).suffix.lower() in (".jsonl", ".csv") else "row"
+    if path.is_file():
+        splits = {"train": fetch(source, read_file, source)}
     else:
         import datasets  # a second of import that the embedded task needn't pay
 
         datasets.disable_progress_bars()
-        if path.is_file():
-            place, options = FILE_TYPES[path.suffix], {"data_files": source}
-        elif (path / "main").is_dir():  # a clone of gsm8k keeps its configurations in folders
-            place = str(path / "main")
-        elif source == "openai/gsm8k":
-            options = {"name": "main"}
-        loaded = fetch(source, datasets.load_dataset, place, **options)
-        splits = {name: split.to_list() for name, split in loaded.items()}
-    splits = {name: list(enumerate(rows, start=1)) for name, rows in splits.items()}
+        folder = str(path / "main") if (path / "main").is_dir() else source  # of a clone of gsm8k
+        options = {"name": "main"} if source == "openai/gsm8k" else {}
+        loaded = fetch(source, datasets.load_dataset, folder, **options)
+        splits = {name: list(enumerate(split.to_list(), start=1)) for name, split in loaded.items()}
     train = splits.get("train") or next(iter(splits.values()))
     heldout = splits.get("test") or train
     if len(heldout) < eval_examples:
         raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
                          "rows; lower it, or add rows")
     heldout = random.Random(seed).sample(heldout, eval_examples)
-    where = f"{source}, {'line' if path.suffix == '.jsonl' else 'row'}"
-    return [[make_example(row, task, f"{where} {i}") for i, row in rows] for rows in (train, heldout)]
+    return [[make_example(row, task, f"{source}, {unit} {number}") for number, row in rows]
+            for rows in (train, heldout)]
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """One JSON object a line; read here rather than by `datasets`, which can't say which line is bad."""
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)  # as UTF-8
-            except (ValueError, RecursionError) as error:
-                row = str(error)
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not a JSON object ({row!r:.80}); write one on "
-                                 'each line, like {"prompt": "2 + 2?"}')
-            rows.append(row)
+def read_file(source: str) -> list[tuple[int, dict]]:
+    """The rows of a file, each after its line, or its number in a JSON list or a parquet file. Values are
+    what the file says; `datasets` would lose a csv's words None and NA, and change dates and "007"."""
+    path, kind, number, rows = Path(source), Path(source).suffix.lower(), 0, []
+    needed = 'write one JSON object on each line, like {"prompt": "2 + 2?"}'
+    if kind not in FILE_TYPES:
+        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+            yield line.decode()
+
+    try:
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            with path.open("rb") as file:
+                return list(enumerate(pyarrow.parquet.ParquetFile(file).read().to_pylist(), start=1))
+        elif kind == ".csv":
+            needed = "text with a comma needs double quotes around it"
+            for row in csv.DictReader(lines(), strict=True):
+                if None in row:
+                    raise csv.Error(f"more cells than the {len(row) - 1} columns")
+                if any(map(str.strip, filter(None, row.values()))):
+                    rows.append((number, {name: csv_value(name, cell) for name, cell in row.items()}))
+        elif kind == ".json" and (text := "".join(lines())).lstrip().startswith("["):
+            number = 1  # an error in it tells its own line
+            rows = list(enumerate(json.loads(text), start=1))
+        else:
+            rows = [(number, json.loads(line.strip())) for line in lines() if line.strip()]
+    except (UnicodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
+        line = number + getattr(error, "lineno", 1) - 1
+        told = getattr(error, "msg", error)
+        raise InputError(f"{source}, line {line}: {told}; {needed}, in UTF-8") from error
     return rows
 
 
-def make_example(row: dict, task: str, where: str) -> dict:
-    """The example made of one row, or an InputError that says where the bad row is."""
+def csv_value(column: str, cell: str | None) -> str | int | float | None:
+    """A number if Python writes it as the cell does (not "007", "1.50" or the word nan); None if empty."""
+    for kind in (int, float) if cell and column not in ("prompt", "completion", "question") else ():
+        with suppress(ValueError):
+            if str(kind(cell)) == cell and cell[-1].isdigit():
+                return kind(cell)
+    return cell or None
+
+
+def make_example(row: dict, task: str, where: str) -> Example:
+    """The example made of one row. Raises InputError, with the row's place, if it can't be used."""
+    if not isinstance(row, dict):
+        raise InputError(f'{where}: {row!r:.80} is not a JSON object, like {{"prompt": "2 + 2?"}}')
+    example = Example(row)
     if task == "countdown":
         needed = "nums must be a list of at least two whole numbers and target a whole number"
         nums, target = row.get("nums"), row.get("target")
-        if isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target]):
-            return {"nums": nums, "target": target}
+        is_fine = isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])
+        example = Example(nums=nums, target=target)
     elif task == "gsm8k":
         needed = "question and answer must be text, the answer with its number after ####"
         question, solution = row.get("question"), row.get("answer")
-        if isinstance(question, str) and isinstance(solution, str) and "####" in solution:
-            reasoning, answer = solution.rsplit("####", 1)
-            answer = answer.strip().replace(",", "")
-            return {"question": question, "answer": answer, "reasoning": reasoning.strip()}
+        is_fine = isinstance(question, str) and isinstance(solution, str) and "####" in solution
+        reasoning, _, answer = map(str.strip, str(solution).rpartition("####"))
+        example = Example(question=question, answer=answer.replace(",", ""), reasoning=reasoning)
     else:
         needed = 'prompt must be text or a list of {"role", "content"} messages'
         prompt = row.get("prompt")
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        if prompt and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                          and isinstance(m.get("content"), str) for m in messages):
-            return row
-    shown = ", ".join(f"{column} = {value!r:.60}" for column, value in row.items())
-    raise InputError(f"{where}: {needed}; this row has {shown}")
+        is_fine = prompt and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                 and isinstance(m.get("content"), str) for m in messages)
+        if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", prompt):
+            is_fine, needed = False, f"{needed}, not messages written as text: keep those in a jsonl file"
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        is_fine, needed = False, f"{error.object[error.start]!r}, a lone surrogate, is only half a character"
+    if not is_fine:
+        shown = ", ".join(f"{column} = {value!r:.60}" for column, value in row.items())
+        raise InputError(f"{where}: {needed}; this row has {shown}")
+    example.where = where
+    return example
 
 
 # ---- Policies ----------------------------------------------------------------------------------------------
@@ -422,18 +512,18 @@ def tiny_policy(
 
 @dataclass
 class Policy:
-    """The model that learns, with what sampling needs beside it."""
+    """The model that learns, with what sampling and saving need beside it."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     stops: list[int]  # token ids that end an answer
     pad_token_id: int
+    generation: dict = field(default_factory=dict)  # what the model's generation config holds
 
 
-def load_config(
-    model: str, *, trust_remote_code: bool = False
-) -> tuple[transformers.PreTrainedConfig, transformers.PreTrainedTokenizerBase]:
-    """Config and tokenizer, all that planning needs, of `embedded`, a folder or a hub id; or InputError."""
+def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
+    """(config, tokenizer) of `embedded`, a folder or a hub id; no weights are read. Raises InputError if they
+    can't be had, if the weights are quantized, or if no token ends an answer."""
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
@@ -441,236 +531,198 @@ def load_config(
         fetch(f"--model {model}", kind.from_pretrained, model, trust_remote_code=trust_remote_code)
         for kind in (transformers.AutoConfig, transformers.AutoTokenizer)
     )
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {model}: its tokenizer has no end-of-sequence token, so no answer could "
-                         "ever end")
+    if quantized := getattr(config, "quantization_config", None):
+        method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
+        raise InputError(f"--model {model}: its weights are quantized ({method}), and all of them are to be "
+                         "trained; use the unquantized model")
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
+    # Some classes of tokenizers add an end token to a vocabulary that has none. The model never saw it.
+    rows, end = config.get_text_config().vocab_size, tokenizer.eos_token
+    words = text_of(model, "tokenizer.json")
+    is_known = words == "{}" or str(end) in words or json.dumps(end)[1:-1] in words
+    if end is None or tokenizer.eos_token_id >= rows or not is_known:
+        names = [tokenizer.convert_ids_to_tokens(i) for i in declared_ends(model) if i < rows]
+        tokenizer.eos_token = next(filter(None, names), None)
+    if tokenizer.eos_token is None:
+        raise InputError(f"--model {model}: neither its tokenizer nor its generation config has an end-of-"
+                         "sequence token that its embeddings know, so no answer could ever end")
     return config, tokenizer
+
+
+def text_of(model: str, name: str) -> str:
+    """The text of a json file in a model's folder or repository; "{}" if it has none."""
+    path = transformers.utils.cached_file(model, name, _raise_exceptions_for_missing_entries=False,
+                                          _raise_exceptions_for_connection_errors=False)
+    return Path(path).read_text(encoding="utf-8") if path else "{}"
+
+
+def declared_ends(model: str) -> list[int]:
+    """The tokens that end an answer as a model's files say; what a config's class says by default is none."""
+    files = [json.loads(text_of(model, name)) for name in ("config.json", "generation_config.json")]
+    ends = (files[0] | files[1]).get("eos_token_id")
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def load_policy(
     model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
 ) -> Policy:
-    """The policy whose tokenizer `load_config` gave, with its weights; InputError when they can't be had."""
+    """The policy with its weights; `load_config` gave the tokenizer. Raises InputError if it can't be had."""
+    end, pad, generation, ends = tokenizer.eos_token_id, tokenizer.pad_token_id, {}, []
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        loaded = fetch(f"--model {model}", load, model, dtype=dtype, attn_implementation="sdpa",
-                       trust_remote_code=trust_remote_code)
-        for p in loaded.parameters():  # a file's weights lie where they lie, and a product's last bits tell
+        config = load_config(model, trust_remote_code=trust_remote_code)[0]
+        loaded = fetch(f"--model {model}", load, model, config=config, dtype=dtype,
+                       attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+        for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()
-    declared = loaded.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Policy(loaded.to(device), tokenizer, sorted(stops), pad)
+        generation, ends = json.loads(text_of(model, "generation_config.json")), declared_ends(model)
+    rows = loaded.config.get_text_config().vocab_size
+    stops = sorted({i for i in [end, *ends] if i < rows})
+    # transformers refuses to save some of the generation configs that models come with (a temperature without
+    # do_sample). So its own keeps the stops alone, and save_folder writes the rest.
+    loaded.generation_config = transformers.GenerationConfig(eos_token_id=stops)
+    pad = pad if pad is not None and pad < rows else end  # any token will do: padding is masked
+    return Policy(loaded.to(device), tokenizer, stops, pad, generation)
 
 
-def reward_model_bytes(name: str | None, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
-    """What a reward model's weights will take; read from its config alone."""
-    if name is None:
-        return 0
-    trusted = {"trust_remote_code": trust_remote_code}
-    config = fetch(f"--reward-model {name}", transformers.AutoConfig.from_pretrained, name, **trusted)
-    with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config, **trusted)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+# ---- The run's folder --------------------------------------------------------------------------------------
 
-
-class RewardModel:
-    """A sequence-classification model with one label; it scores answers and rests in host memory."""
-
-    def __init__(self, name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False):
-        """`name`: hub id or local folder. Raises InputError when it can't be had or has several labels."""
-        what, trusted = f"--reward-model {name}", {"trust_remote_code": trust_remote_code}
-        load = transformers.AutoTokenizer.from_pretrained
-        self.tokenizer = fetch(what, load, name, padding_side="right", **trusted)
-        load = transformers.AutoModelForSequenceClassification.from_pretrained
-        self.model = fetch(what, load, name, dtype=dtype, **trusted)
-        if self.model.config.num_labels != 1:
-            raise InputError(f"{what}: has {self.model.config.num_labels} labels; use one with a single "
-                             "label")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.device = device
-
-    @torch.no_grad()
-    def scores(self, answers: list[tuple[str | list[dict], str]], batch_size: int = 16) -> list[float]:
-        """One score for each (prompt, completion); chats go through the model's template, if it has one."""
-        rows = [encode_prompt(self.tokenizer, prompt, completion) for prompt, completion in answers]
-        context = getattr(self.model.config, "max_position_embeddings", math.inf)
-        if (longest := max(map(len, rows))) > context:
-            raise InputError(f"--reward-model: a prompt with its answer has {longest} tokens, its context "
-                             f"is {context}; lower --max-new-tokens, or use another one")
-        found = []
-        self.model.to(self.device)
-        try:
-            for i in range(0, len(rows), batch_size):
-                batch = self.tokenizer.pad({"input_ids": rows[i : i + batch_size]}, return_tensors="pt")
-                found += self.model(**batch.to(self.device)).logits[:, 0].float().tolist()
-        finally:
-            self.model.to("cpu")
-        return found
-
-
-# ---- The run's files ---------------------------------------------------------------------------------------
-
-STATE = Path("trainer_state", "state.pt")  # in a checkpoint's folder
+STATE = Path("trainer_state", "state.pt")  # in a checkpoint
 EVALUATION = "evaluation.json"  # in `best`
-SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # three libraries, one full disk
-
-
-def refuse_folder(folder: Path, new: bool) -> None:
-    """Raises InputError when a run can't write to its folder, or a new one would write over another."""
-    if new and folder.exists():
-        raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
-    nearest = nearest_folder(folder)
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise InputError(f"--output-dir {folder.parent}: {nearest} can't be written to; choose another")
-
-
-def nearest_folder(folder: Path) -> Path:
-    """The folder itself or, until it is made, the one below which it will be."""
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-
-
-def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def refuse_full_disk(folder: Path, model_bytes: int, state_bytes: int, saves: int) -> None:
-    """Raises InputError when the disk has no room for one checkpoint and `final/`; warns when it has none for
-    all that a run may hold at once: `saves` checkpoints, `best/` and `final/`.
-
-    What a resumed run has of these already counts as room.
-    """
-    if not first_rank():
-        return
-    room = shutil.disk_usage(nearest_folder(folder)).free
-    room += sum(map(bytes_in, [folder / "best", folder / "final", *checkpoints(folder)]))
-    checkpoint = model_bytes + state_bytes
-    least, whole = model_bytes + checkpoint * bool(saves), 2 * model_bytes + checkpoint * saves
-    if room < least:
-        raise InputError(f"--output-dir {folder.parent}: the disk has {room / 1e9:.1f} GB free, but final/ "
-                         f"and the checkpoint before it take {least / 1e9:.1f} GB; make room, choose "
-                         "another, or save no checkpoints: --save-every 0 --save-minutes 0")
-    if room < whole:
-        warn(f"the disk has {room / 1e9:.1f} GB free, and {saves} checkpoints of "
-             f"{checkpoint / 1e9:.1f} GB, best/ and final/ take {whole / 1e9:.1f} GB: older checkpoints are "
-             "removed where room is needed, never the newest")
-
-
-def make_room(folder: Path, needed: int) -> None:
-    """Remove a run's older checkpoints, never the newest, until so many bytes are free."""
-    for old in checkpoints(folder)[:-1] if first_rank() else []:
-        if shutil.disk_usage(folder).free < needed:
-            remove(old)
-            warn(f"{old} was removed, as the disk had no room")
 
 
 def first_rank() -> bool:
-    """Of the processes that torchrun started, the first one writes files and talks."""
+    """Whether this process writes files and talks: not if torchrun has started it beside the first one."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
-    """Make a run's folder, or leave in it what a checkpoint of that step knows; returns its metrics.
+@contextmanager
+def only_warned(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """An error of these kinds becomes a warning, and training goes on."""
+    try:
+        yield
+    except kinds as error:
+        warn(f"{what} ({type(error).__name__}: {brief(error)}); training goes on")
 
-    Later checkpoints are renamed, and a `best/` of a later step: they belong to the course that was left.
-    """
+
+def refuse_folder(folder: Path, new: bool) -> None:
+    """Raises InputError if a run can't write to its folder, or if a new run would write over another."""
+    if new and folder.exists():
+        raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
+    above = existing(folder)
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InputError(f"--output-dir {folder.parent}: {above} can't be written to; choose another")
+
+
+def refuse_full_disk(folder: Path, bytes_needed: float) -> None:
+    """Raises InputError if the disk lacks `bytes_needed`, which a checkpoint and `final/` take."""
+    free = shutil.disk_usage(existing(folder)).free
+    if first_rank() and free < bytes_needed:
+        raise InputError(f"--output-dir {folder.parent}: {free / 1e9:.1f} GB free, and the run saves "
+                         f"{bytes_needed / 1e9:.1f} GB; make room, choose another, or save no checkpoints: "
+                         "--save-every 0 --save-minutes 0")
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
+    """Make a run's folder, or take it back to a checkpoint's `step`; returns the metrics up to there. What is
+    later (checkpoints, `best/`) belongs to the course that was left, and is renamed."""
     if not first_rank():
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("best", "final"):
-        old = folder / f".{name}.old"
-        if (folder / name).exists():
-            shutil.rmtree(old, ignore_errors=True)  # perhaps half deleted, when the run was killed there
-        elif old.exists():
-            old.rename(folder / name)  # it was killed between the two renames of save_folder
+    for old in folder.glob(".*.old"):  # the run was killed while it replaced or removed a folder
+        name = old.name[1:-4]
+        if name in ("best", "final") and not (folder / name).exists():
+            old.rename(folder / name)
+        shutil.rmtree(old, ignore_errors=True)
     write_json(folder / "config.json", config)
-    steps = {c: int(step_of(c)) for c in checkpoints(folder)}
-    steps[folder / "best"] = best_evaluation(folder)["step"]
-    for later, its_step in steps.items():
-        if its_step > step:
-            aside = later.rename(folder / f"left-{later.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-            warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
-    records = {"samples.jsonl": [], "metrics.jsonl": []}
-    for path in (folder / name for name in records if (folder / name).exists()):
+    later_ones = [c for c in checkpoints(folder) if int(step_of(c)) > step]
+    for later in later_ones + [folder / "best"] * (best_evaluation(folder)["step"] > step):
+        aside = later.rename(folder / f"left-{later.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
+    kept = {"samples.jsonl": [], "metrics.jsonl": []}
+    for path in (folder / name for name in kept if (folder / name).exists()):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # half a line, of a run that was killed here
-                records[path.name].append(json.loads(line))
-        records[path.name] = [record for record in records[path.name] if record["step"] <= step]
+            with suppress(ValueError):  # half a line, if the run was killed here
+                record = json.loads(line)
+                kept[path.name] += [record] * (record["step"] <= step)
         beside = path.with_suffix(".partial")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in records[path.name]))
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept[path.name]), encoding="utf-8")
         beside.replace(path)
-    return records["metrics.jsonl"]
+    return kept["metrics.jsonl"]
 
 
 def write_json(path: Path, value: dict) -> None:
     if first_rank():
-        path.write_text(json.dumps(value, indent=2) + "\n")
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
-    """Add JSON lines in one flushed write; on a full disk the file keeps whole lines, and the run goes on."""
+    """Add JSON lines in one write. On a full disk the file keeps whole lines, and training goes on."""
+    if first_rank():
+        size = path.stat().st_size if path.exists() else 0
+        with only_warned(f"{path} can't be written", OSError):
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
+            except OSError:
+                os.truncate(path, size)
+                raise
+
+
+def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None):
+    """Write a Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's `state` or the
+    `evaluation` that made it the best. A failure only warns; returns whether it worked.
+
+    The folder is written beside, synced and renamed, so it appears whole or not at all. One that it replaces
+    is renamed first; if the run is killed between the two, `open_folder` gives the old one its name back.
+    """
     if not first_rank():
-        return
-    size = path.stat().st_size if path.exists() else 0
+        return True
+    beside, old = folder.parent / ".partial", folder.with_name(f".{folder.name}.old")
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
-    except OSError as error:
-        warn(f"{path} can't be written ({error}); training goes on, these lines are lost")
-        with suppress(OSError):
-            os.truncate(path, size)
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+        policy.model.save_pretrained(beside)
+        policy.tokenizer.save_pretrained(beside)
+        write_json(beside / "generation_config.json", policy.generation | {"eos_token_id": policy.stops})
+        if state is not None:
+            (beside / STATE).parent.mkdir()
+            torch.save(state, beside / STATE)
+        if evaluation is not None:
+            write_json(beside / EVALUATION, evaluation)
+        for path in [*beside.rglob("*"), beside]:
+            sync(path)
+        if folder.exists():  # an earlier `best`, or the `final` of a run that is resumed after its end
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        beside.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
+        warn(f"{folder.name}/ could not be saved ({brief(error)})")
+        shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        return False
+    return True
 
 
 def sync(path: Path) -> None:
     """Have a file, or a folder's list of files, on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def save_folder(
-    policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None
-) -> None:
-    """A complete Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's state in it,
-    or the evaluation that made it the best.
-
-    It appears whole or not at all: written beside, synced, renamed. One that it replaces is renamed first;
-    where a run is killed before the second name is given, `open_folder` gives the old one its name back.
-    """
-    if not first_rank():
-        return
-    partial, old = folder.parent / ".partial", folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    try:
-        policy.model.save_pretrained(partial)
-        policy.tokenizer.save_pretrained(partial)
-        if state is not None:
-            (partial / STATE).parent.mkdir()
-            torch.save(state, partial / STATE)
-        if evaluation is not None:
-            write_json(partial / EVALUATION, evaluation)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        if folder.exists():  # an earlier `best`, or `final` of a run that is resumed after its end
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder; renamed first, so that one half deleted is never taken for a whole one."""
-    old = folder.parent / ".checkpoint.old"
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
-    shutil.rmtree(folder.rename(old))
+    with suppress(PermissionError):  # Windows opens no folder
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def step_of(checkpoint: Path) -> str:
@@ -684,113 +736,91 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> None:
-    """`checkpoint-<step>`; then all but the newest `keep` are removed.
-
-    A failure (full disk, no permission) only warns: older checkpoints stay.
-    """
-    checkpoint = folder / f"checkpoint-{state['step']}"
-    if checkpoint.exists() or not first_rank():
-        return
-    try:
-        if keep:
-            make_room(folder, sum(map(bytes_in, checkpoints(folder)[-1:])))
-        save_folder(policy, checkpoint, state)
+    """Write `checkpoint-<step>`; then remove all but the newest `keep` (0: none). A failure only warns."""
+    checkpoint, removed = folder / f"checkpoint-{state['step']}", folder / ".removed.old"
+    if first_rank() and not checkpoint.exists() and save_folder(policy, checkpoint, state=state):
         for old in checkpoints(folder)[:-keep] if keep else []:
-            remove(old)
-    except SAVE_ERRORS as error:
-        warn(f"{checkpoint.name} could not be saved ({textwrap.shorten(str(error), 200)}); older ones stay")
+            with only_warned(f"{old.name} could not be removed", OSError):
+                shutil.rmtree(removed, ignore_errors=True)
+                shutil.rmtree(old.rename(removed))  # half a checkpoint must not pass for a whole one
 
 
 def save_final(policy: Policy, folder: Path) -> None:
-    """The run's `final/`, for which older checkpoints make room; InputError, with what can be done about it,
-    where it can't be written."""
-    try:
-        make_room(folder, sum(p.nbytes for p in policy.model.parameters()))
-        save_folder(policy, folder / "final")
-    except SAVE_ERRORS as error:
+    """Write the run's `final/`. Raises InputError, which says what can be done, if that fails."""
+    if not save_folder(policy, folder / "final"):
         advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
-        raise InputError(f"{folder / 'final'} can't be written ({error}); {advice}") from error
-
-
-def best_evaluation(folder: Path) -> dict:
-    """The evaluation of the model in a run's `best/`, or one that any other beats. Of several ranks the first
-    one looks: the others might do so while it replaces the folder."""
-    path = folder / "best" / EVALUATION
-    return json.loads(path.read_text()) if first_rank() and path.is_file() else {"accuracy": -1.0, "step": 0}
+        raise InputError(f"{folder / 'final'} can't be written; {advice}")
 
 
 def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
-    """`best/`, when this evaluation's accuracy is above that of the model there; returns the better
-    evaluation, of two alike the earlier. A failure only warns."""
+    """Write `best/` if this evaluation beats that of the model there: by accuracy, then by held-out reward.
+    A tie keeps the earlier one. A failure only warns. Returns the evaluation of the model in `best/`."""
+    def rank(e: dict) -> tuple[float, float]:  # runs of an earlier version have no reward
+        return e["accuracy"], -math.inf if e.get("reward") is None else e["reward"]
+
     best = best_evaluation(folder)
-    if evaluation["accuracy"] <= best["accuracy"]:
-        return best
-    try:
-        save_folder(policy, folder / "best", evaluation=evaluation)
-    except SAVE_ERRORS as error:
-        warn(f"best/ could not be saved ({textwrap.shorten(str(error), 200)}); training goes on")
-    return evaluation
+    is_better = rank(evaluation) > rank(best) and save_folder(policy, folder / "best", evaluation=evaluation)
+    return evaluation if is_better else best
+
+
+def best_evaluation(folder: Path) -> dict:
+    """The evaluation of the model in `best/`, or one that any other beats. Other ranks than the first don't
+    look, as they might do so while it replaces the folder."""
+    path = folder / "best" / EVALUATION
+    if first_rank() and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"accuracy": -1.0, "step": 0}
 
 
 def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
-    try:
-        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=True)
+    try:  # Windows removes no file that is mapped into memory
+        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=os.name != "nt")
         missing = {"config", "limits", "step"} - set(state)
     except Exception as error:  # a damaged file can break the reader anywhere
         raise InputError(f"--resume: {checkpoint / STATE} can't be read ("
-                         f"{textwrap.shorten(str(error), 200)}); use another checkpoint") from error
+                         f"{brief(error)}); use another checkpoint") from error
     if missing:
         raise InputError(f"--resume: {checkpoint / STATE} is not the state of a run, it has no "
                          f"{' and no '.join(sorted(missing))}; use another checkpoint")
     return state
 
 
-def fingerprints(examples: list[dict], heldout: list[dict], files: list[str]) -> dict[str, str]:
-    """A hash of each thing from outside that a run depends on, under what a person calls it."""
-    found = {what: json.dumps(x, sort_keys=True, default=str).encode()
-             for what, x in {"the examples to train on": examples, "the held-out examples": heldout}.items()}
-    found |= {name: Path(name).read_bytes() for name in files}
-    return {what: hashlib.sha256(x).hexdigest() for what, x in found.items()}
-
-
 def settings_of_run(model: str) -> dict:
-    """Task, prompts and rewards of the run that a model's folder lies in; {} if it lies in none."""
+    """Task, prompts and rewards of the run in whose folder a model's folder lies; {} if it lies in none."""
+    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens", "temperature",
+             "eval_examples")
     path = Path(model).absolute().parent / "config.json"
     try:
-        saved = json.loads(path.read_text()) if path.is_file() else {}
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path} is not the settings of a run ({error}); mend it, or give --recipe"
                          ) from error
-    if not (isinstance(saved, dict) and "recipe" in saved):  # another program's
+    if not isinstance(saved, dict) or "recipe" not in saved:  # another program's
         return {}
-    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens",
-             "temperature", "eval_examples")
     return {name: saved[name] for name in names if name in saved}
 
 
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
-    """The checkpoint that --resume means (`latest`: of the run `name`, or of all); InputError if there is
-    none, but None for `latest` of a named run: it starts, and whoever restarts it needs no other command."""
+    """The checkpoint that --resume means; `latest` is the newest of the run `name`, or of all. InputError if
+    there is none; but `latest` of a named run is None then: the command that resumes it also starts it."""
     place = Path(resume)
     if resume == "latest":
         runs = [Path(output_dir, name)] if name else Path(output_dir).glob("*")
         found = [c for run in runs for c in checkpoints(run)[-1:]]
     else:
         found = [place] if (place / STATE).is_file() else checkpoints(place)[-1:]
-    if not found and resume == "latest" and name:
-        return None
-    if not found:
+    if not found and not (resume == "latest" and name):
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
-    newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime)
-    return Path(os.path.abspath(newest))  # of `.` too, the parent is the run's folder
+    newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
+    return newest and Path(os.path.abspath(newest))  # the parent is the run's folder, even of `.`
 
 
 def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
-    """What samples.jsonl keeps of a step: the first few prompts with all their completions."""
+    """What samples.jsonl keeps of a step: the first `groups` prompts with all their completions."""
     return [
-        {"step": step, "example": {k: v for k, v in e.example.items() if k != "prompt_ids"},
+        {"step": step, "example": {k: v for k, v in e.example.items() if k not in ("prompt_ids", "opened")},
          "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
          "finished": e.completion.finished}
         for e in episodes if e.group < groups
@@ -798,45 +828,46 @@ def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
 
 
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
-    """Reward and its parts, accuracy, completion length and entropy by step: raw values under a mean."""
+    """Reward and its parts, accuracy, completion length and entropy by step: raw values under their mean over
+    a twentieth of the steps, beside held-out values. None leaves a gap."""
     if not first_rank():
         return
     from matplotlib.figure import Figure  # draws without a display
 
     rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
-    panels = [("reward", rewards), ("accuracy", ["accuracy"]),
-              ("completion length (tokens)", ["completion_length"]), ("entropy (nats a token)", ["entropy"])]
-    steps = [m["step"] for m in metrics]
-    window = max(1, len(steps) // 20)
-    figure = Figure(figsize=(10, 6.5))
+    panels = {"reward": (rewards, ["reward"]), "accuracy": (["accuracy"], ["accuracy", "sampled_accuracy"]),
+              "completion length (tokens)": (["completion_length"], []),
+              "entropy (nats a token)": (["entropy"], [])}  # title: training's names, held-out names
+    column = lambda records, name: [math.nan if r.get(name) is None else r[name] for r in records]
+    figure, window = Figure(figsize=(10, 6.5)), max(1, len(metrics) // 20)
     figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.18, hspace=0.3)
-    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels):
+    for axis, (title, (names, heldout)) in zip(figure.subplots(2, 2).flat, panels.items()):
         for i, name in enumerate(names):
-            values = [m[name] for m in metrics]
-            means = [sum(values[max(0, j - window) : j]) / min(j, window) for j in range(1, len(values) + 1)]
+            steps, values = column(metrics, "step"), torch.tensor(column(metrics, name))
+            means = [values[max(0, j - window) : j].nanmean() for j in range(1, len(values) + 1)]
             axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
             axis.plot(steps, means, color=f"C{i}", linewidth=2, label=name.removeprefix("reward/"))
-        if title == "accuracy":
-            axis.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko-",
-                      markersize=5, linewidth=1, label="held-out, greedy")
+        for name in heldout:
+            how, marks = ("sampled", "k^--") if name == "sampled_accuracy" else ("greedy", "ko-")
+            if measured := [e for e in evaluations if e.get(name) is not None]:
+                axis.plot(column(measured, "step"), column(measured, name), marks, markersize=5, linewidth=1,
+                          label=f"held-out, {how}")
         axis.set_title(title, fontsize=13)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize=9)
-    try:
+    with only_warned(f"{path} can't be drawn", OSError):
         beside = path.with_suffix(".partial.png")
         figure.savefig(beside, dpi=110)
         beside.replace(path)
-    except OSError as error:
-        warn(f"{path} can't be drawn ({error})")
 
 
 SERVICES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def import_service(service: str):
-    """The module of an optional package that --report-to names; InputError where it is missing."""
+    """The module of an optional package that --report-to names. Raises InputError if it is missing."""
     try:
         return importlib.import_module(SERVICES[service])
     except ImportError as error:
@@ -845,77 +876,64 @@ def import_service(service: str):
 
 
 class Dashboard:
-    """The numbers of metrics.jsonl and a few samples, sent elsewhere too (`service` "none": nowhere).
+    """Sends the numbers of metrics.jsonl and a few samples to a service ("none": to none), until it fails.
 
-    A resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps. A
-    service that fails is warned of once, and training goes on.
+    A resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps.
     """
 
     def __init__(self, service: str, folder: Path, config: dict, step: int):
-        self.service, self.run, self.failed = service, None, False
-        if service != "none" and first_rank():
-            self.module, name = import_service(service), re.sub(r"[^\w.-]", "-", folder.absolute().name)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._attempt(lambda: self._open(folder, name, config, step))
+        self.service, self.run = service, None
+        if service == "none" or not first_rank():
+            return
+        self.module, name = import_service(service), re.sub(r"[^\w.-]", "-", folder.absolute().name)
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = [None, *(path.name.rpartition("-")[2] for path in folder.glob("wandb/*run-*-*"))]  # run-TIME-ID
+        more = {"id": ids[-1], "dir": str(folder)} if service == "wandb" else {}
+        with self.warning():
+            if service == "tensorboard":
+                self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+                self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
+            else:
+                self.run = self.module.init(project="grpo_scratch", name=name, config=config,
+                                            resume="allow", **more)
 
-    def _open(self, folder: Path, name: str, config: dict, step: int) -> None:
-        if self.service == "tensorboard":
-            self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-            self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
-        else:
-            more = {}
-            if self.service == "wandb":  # which keeps a run's files in wandb/run-TIME-ID
-                ids = [x.name.rsplit("-", 1)[1] for x in folder.glob("wandb/*run-*-*")]
-                more = {"id": ids[-1] if ids else None, "dir": str(folder)}
-            self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow",
-                                        **more)
-
-    def _attempt(self, send: Callable[[], None]) -> None:
-        try:
-            send()
-        except Exception as error:  # noqa: BLE001  each service has its own
-            if not self.failed:
-                warn(f"--report-to {self.service} failed ({type(error).__name__}: "
-                     f"{textwrap.shorten(str(error), 200)}); training goes on")
-            self.failed = True
+    def warning(self):
+        return only_warned(f"--report-to {self.service} failed", Exception)
 
     def log(self, record: dict, samples: Iterable[dict] = (), prefix: str = "") -> None:
         """Send a record's numbers under their names, after `prefix`, and samples' rewards and texts."""
-        numbers = {prefix + k: x for k, x in record.items() if isinstance(x, (int, float)) and k != "step"}
+        step, run, self.run = record["step"], self.run, None  # after a failure nothing more is sent
+        values = {prefix + k: x for k, x in record.items() if isinstance(x, (int, float)) and k != "step"}
         text = "\n\n".join(f"reward {x['reward']:.3f}\n{x['completion']}" for x in samples)
-        if self.run is not None:
-            self._attempt(lambda: self._send(record["step"], numbers, text))
-
-    def _send(self, step: int, numbers: dict[str, float], text: str) -> None:
-        markdown = textwrap.indent(text, "    ")  # code, so that tags are shown
-        if self.service == "tensorboard":
-            for name, x in numbers.items():
-                self.run.add_scalar(name, x, step)
-            if text:
-                self.run.add_text("samples", markdown, step)
-            self.run.flush()
-        else:
-            shown = (self.module.Html(f"<pre>{html.escape(text)}</pre>") if self.service == "wandb"
-                     else self.module.Markdown(markdown))
-            self.run.log(numbers | ({"samples": shown} if text else {}), step=step)
+        shown = f"<pre>{html.escape(text)}</pre>"
+        with self.warning():
+            if run and self.service == "tensorboard":
+                for name, x in values.items():
+                    run.add_scalar(name, x, step)
+                if text:
+                    run.add_text("samples", shown, step)
+                run.flush()
+            elif run:
+                kind = self.module.Html if self.service == "wandb" else self.module.Markdown
+                run.log(values | ({"samples": kind(shown)} if text else {}), step=step)
+            self.run = run
 
     def close(self) -> None:
-        if self.run is not None:
-            self._attempt(self.run.close if self.service == "tensorboard" else self.run.finish)
+        with self.warning():
+            if self.run:
+                (self.run.close if self.service == "tensorboard" else self.run.finish)()
 
 
 # ---- What a person sees ------------------------------------------------------------------------------------
 
 
 def say(message: str = "", file=None, from_all: bool = False) -> None:
-    """A line for people, past the bars. A reader that has gone (Ctrl-C ends `| tee` too) ends no run. Of
-    several ranks the first one talks, or all."""
-    if not (first_rank() or from_all):
-        return
+    """Print a line for people, past the bars. Only the first rank prints, unless `from_all` is true. A reader
+    that has gone ends no run (Ctrl-C ends `| tee` too)."""
     file = file or sys.stdout
-    if file is None or file.closed:  # closed outright, as by `>&-`
+    if not (first_rank() or from_all) or file is None or file.closed:  # closed outright, as by `>&-`
         return
-    encoding = getattr(file, "encoding", None) or "utf-8"  # which may lack some of an answer's letters
+    encoding = getattr(file, "encoding", None) or "utf-8"  # it may lack some of an answer's letters
     try:
         tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=file)
         file.flush()
@@ -925,17 +943,17 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
         pass  # a log on a full disk; later lines may fit again
 
 
-def has_terminal() -> bool:
-    """Whether bars can be shown, by this rank."""
-    return first_rank() and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-
-
 def warn(message: str) -> None:
     say(f"warning: {message}", sys.stderr)
 
 
+def has_terminal() -> bool:
+    """Whether this rank can show bars."""
+    return first_rank() and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 def show_step(bar: tqdm, record: dict, steps: int) -> None:
-    """On a terminal the bar's numbers, elsewhere (a log file) a plain line."""
+    """A step's numbers: on a terminal in the bar, elsewhere (a log file) in a plain line."""
     shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
              "length": f"{record['completion_length']:.1f}"}
     bar.set_postfix(shown)
@@ -948,7 +966,7 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
 
 
 def side_by_side(before: list, after: list) -> str:
-    """The shown held-out examples with the greedy answers before and after training, in two columns."""
+    """Held-out (request, greedy answer, whether it is solved) before and after training, in two columns."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
     lines = []
     for (request, *old), (_, *new) in zip(before, after):
@@ -962,36 +980,40 @@ def side_by_side(before: list, after: list) -> str:
 
 
 def report(summary: dict, eval_samples: int, folder: Path) -> str:
-    """The table of accuracy before and after, and where the files are."""
-    rows = {"held-out accuracy (greedy)": (summary["accuracy_before"], summary["accuracy_after"]),
-            f"held-out pass@{eval_samples}": (summary["pass_at_k_before"], summary["pass_at_k_after"])}
+    """The table of held-out numbers before and after, and where the files are."""
+    rows = {"accuracy": "held-out accuracy (greedy)", "reward": "held-out reward (greedy)",
+            "sampled_accuracy": f"accuracy of {eval_samples} samples", "pass_at_k": f"pass@{eval_samples}"}
     lines = ["", f"{'':<28}{'before':>8}{'after':>8}"]
-    for name, (before, after) in rows.items():
-        if None not in (before, after):  # pass@k is asked for, and may be from a resumed run's end on
-            lines.append(f"{name:<28}{before:>8.3f}{after:>8.3f}")
+    for key, name in rows.items():
+        numbers = [summary.get(f"{key}_{when}") for when in ("before", "after")]
+        if None not in numbers:  # not asked for, or only since the run was resumed
+            lines.append(f"{name:<28}{numbers[0]:>8.3f}{numbers[1]:>8.3f}")
     best = f"best/ (held-out accuracy {summary['best']['accuracy']:.3f}, step {summary['best']['step']})"
+    names = ["curves.png", "samples.jsonl", "final/"] + [best] * (summary["best"]["accuracy"] >= 0)
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:"]
-    names = ("curves.png", "samples.jsonl", "final/", best)
     return "\n".join(lines + [f"  {folder}/{name}" for name in names])
 
 
-def warn_of_trouble(metrics: list[dict], warned: set[str], patience: int = 20) -> None:
-    """One plain warning for each kind of run that has stopped learning, with what usually helps."""
-    last = metrics[-patience:]
-    if len(last) < patience:
-        return
-    all_cut = all(m["truncated_fraction"] == 1 for m in last)
-    no_spread = all(m["groups_without_spread"] == 1 for m in last) and not all_cut
-    all_alike = all(m["entropy"] < 1e-3 for m in last) and not all_cut
+def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
+    """Warn once of each way in which a run stops learning, with what usually helps."""
+    def last(steps: int, is_so: Callable[[dict], bool]) -> bool:
+        return len(metrics) >= steps and all(map(is_so, metrics[-steps:]))
+
+    none_left = last(3, lambda m: "every answer truncated" in (m.get("skipped") or ""))
+    all_cut = last(20, lambda m: m["truncated_fraction"] == 1)
+    no_spread = last(20, lambda m: m["groups_without_spread"] == 1)
+    all_alike = last(20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3)
+    longer = "a longer --max-new-tokens, or --cold-start-steps to teach the form of an answer, usually help"
     troubles = {
-        "every answer has hit the length limit for 20 steps; a longer --max-new-tokens, or "
-        "--cold-start-steps to teach the form of an answer, usually help": all_cut,
+        "for 3 steps every answer has hit the length limit, and --skip-truncated leaves nothing to learn "
+        f"from; {longer}, or --skip-truncated false": none_left,
+        f"every answer has hit the length limit for 20 steps; {longer}": all_cut and not none_left,
         "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
-        "larger --group-size or --temperature, or a reward with more steps in it usually help": no_spread,
+        "larger --group-size or --temperature, or a reward with more steps in it usually help":
+        no_spread and not all_cut,
         "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
-        "above 0 or a higher --temperature, from the start, usually help": all_alike,
+        "above 0 or a higher --temperature, from the start, usually help": all_alike and not all_cut,
     }
-    for message, is_so in troubles.items():
-        if is_so and message not in warned:
-            warned.add(message)
-            warn(message)
+    for message in [message for message, is_so in troubles.items() if is_so and message not in warned]:
+        warned.add(message)
+        warn(message)
