@@ -342,7 +342,7 @@ def _load(source: str, function: str, files: set[Path], warn: Callable) -> tuple
     beside = {x.stem: x.resolve() for x in folder.glob("*.py") if x.stem not in sys.builtin_module_names}
     hidden = {x: sys.modules.pop(x) for x in beside.keys() & sys.modules.keys()
               if Path(getattr(sys.modules[x], "__file__", None) or "").resolve() != beside[x]}
-    if is_file and file not in files:  # it may have changed since an earlier call
+    if file in beside.values() and file not in files:  # it may have changed since an earlier call
         sys.modules.pop(name, None)
         files.add(file)
     sys.path.insert(0, str(folder))
