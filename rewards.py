@@ -119,14 +119,13 @@ def countdown_equation(completion: str, example: dict) -> float:
 # ---- GSM8K: school maths; example["answer"] is the right number, of any type -------------------------------
 
 # Finds what \d+\.\d+|\d+/\d+|\d+ does, in one reading, and the sign before it.
-NUMBER_WITH_SIGN = re.compile(r"([-\u2212]?)\$?([0-9]+(?:[./][0-9]+)?)")
+UNSIGNED_NUMBER = re.compile(r"([-\u2212]?)\$?([0-9]+(?:[./][0-9]+)?)")
 SIGNED_NUMBER = re.compile(r"-?[0-9]*\.?[0-9]+")
 THINK_THEN_ANSWER = re.compile(r"<think>.*?</think>[\n ]*<answer>.*?</answer>", re.DOTALL)
-NUMBER = re.compile(r"\s*[-+]?(?:[0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(?:\.[0-9]*|/0*[1-9][0-9]*)?"
-                    r"(?:[eE][-+]?[0-9]{1,3})?\s*")
 
-# A longer number equals no answer. Python refuses to read more than 4,300 digits, and takes long for fewer.
-MAX_NUMBER_CHARS = 100
+# A longer number equals no answer: Python refuses to read more than 4,300 digits, and takes long for fewer.
+NUMBER = re.compile(r"(?=.{1,100}$)[-+]?(?:[0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)"
+                    r"(?:\.[0-9]*|/0*[1-9][0-9]*)?(?:[eE][-+]?[0-9]{1,3})?")
 
 
 def exact_number(value: object) -> Fraction:
@@ -134,11 +133,11 @@ def exact_number(value: object) -> Fraction:
 
     Raises ValueError for anything else, for "7/0", and for a comma that doesn't part thousands, as in "0,5".
     """
-    text = str(value).strip().replace("\u2212", "-")
-    plain = "".join(x for x in text[:MAX_NUMBER_CHARS] if x != "%" and unicodedata.category(x) != "Sc")
-    if len(text) > MAX_NUMBER_CHARS or not NUMBER.fullmatch(plain):  # Sc: a currency's sign
+    text = "".join(x for x in str(value) if x != "%" and unicodedata.category(x) != "Sc")  # Sc: currencies
+    text = text.strip().replace("\u2212", "-")
+    if not NUMBER.fullmatch(text):
         raise ValueError(f"{_shown(value)} is no number")
-    return Fraction(plain.replace(",", ""))
+    return Fraction(text.replace(",", ""))
 
 
 def _same_number(number: str, answer: object) -> bool:
@@ -154,7 +153,7 @@ def gsm8k_last_number(completion: str, example: dict) -> float:
     A number is `12`, `1.5` or `3/4`; "1,234" ends in the number 234. The sign right before it counts only if
     the answer is negative. Source: simple_GRPO, with exact fractions in place of math_verify.
     """
-    gold, numbers = exact_number(example["answer"]), NUMBER_WITH_SIGN.findall(completion)
+    gold, numbers = exact_number(example["answer"]), UNSIGNED_NUMBER.findall(completion)
     sign, number = numbers[-1] if numbers else ("", "none")
     return 1.0 if _same_number(number, -gold if sign and gold < 0 else gold) else -1.0
 
