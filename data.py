@@ -979,6 +979,13 @@ def side_by_side(before: list, after: list) -> str:
     return "\n".join(lines)
 
 
+def evaluation_in_words(evaluation: dict) -> str:
+    names = {"accuracy": "held-out accuracy", "reward": "reward", "sampled_accuracy": "sampled accuracy",
+             "pass_at_k": "pass@k"}
+    return ", ".join(f"{words} {evaluation[name]:.3f}" for name, words in names.items()
+                     if evaluation.get(name) is not None)
+
+
 def report(summary: dict, eval_samples: int, folder: Path) -> str:
     """The table of held-out numbers before and after, and where the files are."""
     rows = {"accuracy": "held-out accuracy (greedy)", "reward": "held-out reward (greedy)",

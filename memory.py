@@ -169,7 +169,12 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
 
 
 def join_ranks(device: str) -> None:
-    """Make this process one of the ranks, and give it its GPU, if torchrun has started it."""
+    """Make this process one of the ranks, and give it its GPU, if torchrun has started it. Raises ValueError
+    if there is none for it."""
+    if device == "cuda" and not (gpus := torch.cuda.device_count()):
+        raise ValueError("torch sees no CUDA device; use --device cpu, or check the driver")
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
+        raise ValueError(f"torchrun starts more processes than there are GPUs, {gpus}")
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,11 +1,13 @@
 """GRPO on a pretrained model: a blind cold start, then each algorithm at each rate, on two-number Countdown.
 
     .venv/bin/python tests/bench_real.py --model FOLDER --rates 1e-6 3e-6 --picture assets/real.png
+    .venv/bin/python tests/bench_real.py --model FOLDER --task mine.jsonl --reward mine.py:reward \\
+        --cold-start-steps 0 --max-new-tokens 80
 
-Hours a run on two cores. The runs stay in --output-dir: one that was stopped goes on, one that is done is
-only read, and with --read none is trained. Held out are pairs of numbers, so that what is learned is which
-operator hits a target. `--masters off` rounds every weight to bfloat16 after each step, as training without
-float32 masters does.
+A run takes hours on two cores. The runs stay in --output-dir: a run that was stopped goes on, a run that is
+done is only read, and with --read none is trained. Held out are pairs of numbers, so that what is learned is
+which operator hits a target. `--masters off` rounds every weight to bfloat16 after each step, as training
+without float32 masters does.
 """
 
 import argparse
@@ -56,6 +58,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--cold-start-steps", type=int, default=12,
                         help="of 16 demonstrations; another number wants another --output-dir")
+    parser.add_argument("--task", default="mini-countdown", help="as grpo_scratch.py's")
+    parser.add_argument("--reward", nargs="+", help="as grpo_scratch.py's")
+    parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--warmup-steps", type=int, default=0)
+    parser.add_argument("--eval-samples", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=8, help="in a step")
     parser.add_argument("--answers", type=int, default=8, help="to each prompt")
     parser.add_argument("--masters", choices=("on", "off"), default="on")
@@ -66,25 +73,34 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.masters == "off":
         round_weights()
-    common = {"device": "cpu", "dtype": asked.dtype, "max_new_tokens": 40, "lr_schedule": "constant",
-              "eval_examples": 120, "keep_checkpoints": 1, "save_every": 20}
+    common = {"device": "cpu", "dtype": asked.dtype, "task": asked.task, "lr_schedule": "constant",
+              "max_new_tokens": asked.max_new_tokens, "eval_examples": 120, "keep_checkpoints": 1,
+              "save_every": 10, "eval_samples": asked.eval_samples}
+    if asked.reward:
+        common["reward"] = asked.reward
     curves, rows = {}, []
     for seed in asked.seeds:
-        start = asked.output_dir / f"start-{seed}"
-        run(start, asked.read, **common, seed=seed, model=str(asked.model), steps=0,
-            cold_start_steps=asked.cold_start_steps, cold_start_lr=2e-5, cold_start_batch=16)
+        start, model = asked.output_dir / f"start-{seed}", asked.model
+        if asked.cold_start_steps:
+            run(start, asked.read, **common, seed=seed, model=str(asked.model), steps=0,
+                cold_start_steps=asked.cold_start_steps, cold_start_lr=2e-5, cold_start_batch=16)
+            model = start / "final"
         for recipe in asked.recipes:
             for rate in asked.rates:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
                 name += f"-{asked.answers}-answers" if asked.answers != 8 else ""
+                name += f"-warmup-{asked.warmup_steps}" if asked.warmup_steps else ""
                 if asked.read and not (asked.output_dir / f"{name}-{seed}" / "summary.json").exists():
                     continue
                 summary, metrics = run(
-                    asked.output_dir / f"{name}-{seed}", asked.read, **common, **algorithms()[recipe],
-                    seed=seed, model=str(start / "final"), steps=asked.steps, cold_start_steps=0,
-                    eval_every=10, learning_rate=rate, prompts_per_step=asked.prompts,
-                    group_size=asked.answers, micro_batch_tokens=1024)
+                    asked.output_dir / f"{name}-{seed}", asked.read, **{**algorithms()[recipe], **common},
+                    seed=seed, model=str(model), steps=asked.steps, cold_start_steps=0,
+                    eval_every=10, learning_rate=rate, warmup_steps=asked.warmup_steps,
+                    prompts_per_step=asked.prompts, group_size=asked.answers, micro_batch_tokens=1024)
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
+                sampled = [e.get("sampled_accuracy") for e in summary["evaluations"]]
+                print(name, seed, "greedy", *(f"{x:.3f}" for _, x in points),
+                      "sampled", *(f"{x:.3f}" for x in sampled if x is not None))
                 rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
                 if len(points) > 1:
                     curves[f"{name}, seed {seed}"] = tuple(zip(*points))

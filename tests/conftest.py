@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import data
-import rewards
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +24,3 @@ def qwen2_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def own_rewards_are_forgotten():
-    """A run loads rewards of a file into the table of all rewards."""
-    known = dict(rewards.REWARDS)
-    yield
-    rewards.REWARDS.clear()
-    rewards.REWARDS.update(known)
