@@ -104,9 +104,10 @@ def countdown_equation(completion: str, example: dict) -> float:
     example: `nums`, a list of numbers, and `target`, a number.
     Source: GRPO-Zero, Improved-GRPO and nano-aha-moment, which `eval` the answer: `99**98**97` hangs them.
     """
-    # re.search("<answer>(.*?)</answer>") finds the same. Without a closing tag it reads on to the end from
-    # every opening one, and 20,000 of them take over ten seconds.
-    answer, closing, _ = completion.partition("<answer>")[2].partition("</answer>")
+    # re.search("<answer>(.*?)</answer>") finds the same. But without a closing tag it reads on to the end
+    # from every opening one: 20,000 of them take over ten seconds.
+    text = example.get("opened", "") + completion
+    answer, closing, _ = text.partition("<answer>")[2].partition("</answer>")
     try:
         value = arithmetic_value(answer if closing else "")
     except ValueError:
@@ -271,7 +272,9 @@ def _call(reward: Callable, *arguments, **keywords) -> object:
 def _keywords(parameters, prompts, completions, examples, completion_ids) -> dict[str, list]:
     """What a function that is called once for all answers gets."""
     given = {key: [example.get(key) for example in examples] for key in set().union(*examples) - NO_COLUMNS}
-    given |= {"prompts": [], "completions": [], "completion_ids": completion_ids}
+    given |= {"prompts": [], "completions": []}
+    if None not in completion_ids:
+        given["completion_ids"] = completion_ids
     for prompt, text, example in zip(prompts, completions, examples):
         if not isinstance(prompt, str):
             prompt, opened = list(prompt), example.get("opened", "")
@@ -285,13 +288,13 @@ def _keywords(parameters, prompts, completions, examples, completion_ids) -> dic
 
 
 def check_rows(rewards: dict[str, tuple[Callable, float]], examples: list[dict]) -> None:
-    """Raise RewardError, which names the row (its `where`), if a built-in reward can't read what is right."""
+    """Raise RewardError, which names the row (`where`), if a built-in reward can't read its right answer."""
     for name in filter(REWARDS.get, rewards):
         for number, example in enumerate(examples, start=1):
             try:
                 REWARDS[name]("<answer>1</answer>", example)
             except (LookupError, TypeError, ValueError) as error:
-                where = getattr(example, "where", f"row {number}")
+                where = getattr(example, "where", "") or f"row {number}"
                 raise RewardError(f"{where}: {name} can't score it ({_shown(error)}; its columns: "
                                   f"{', '.join(example)}); mend it, or choose another reward") from error
 

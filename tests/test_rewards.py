@@ -959,6 +959,8 @@ OPENED = [  # reward, opened (None: no such key), completion, expected
     ("gsm8k_signed_format", "", "<think>a</think><answer>1</answer>", 1.25),
     ("gsm8k_signed_format", "<think>", "a</think><answer>1</answer>", 1.25),
     ("gsm8k_signed_format", "<think>", "<think>a</think><answer>1</answer>", -1.0),
+    ("countdown_equation", "<answer>", "2*3*4</answer>", 1.0),
+    ("countdown_equation", "", "2*3*4</answer>", 0.0),
     ("gsm8k_answer", "<answer>", "24</answer>", 2.0),
     ("gsm8k_answer", "<think>", "a</think><answer>24</answer>", 2.0),
     ("gsm8k_answer", "", "24</answer>", 0.0),
@@ -1352,7 +1354,8 @@ def test_a_parameter_that_nothing_can_be_given_for_is_named():
     def optional(completions, solution, log_extra=None, trainer_state=None, **kwargs):
         return [float(text == x) for text, x in zip(completions, solution)]
 
-    refused(needs, "trainer_state")
+    refused(needs, "missing 1 required positional argument: 'trainer_state'")
+    refused(lambda completion_ids: [1.0, 1.0], "missing 1 required positional argument: 'completion_ids'")
     refused(optional, "solution", examples=[{"answer": 1}] * 2)
     assert scores(optional, examples=[{"solution": "a"}, {"answer": 1}]) == [1.0, 0.0]
 
