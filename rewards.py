@@ -341,13 +341,15 @@ def _load(source: str, function: str, files: set[Path], warn: Callable) -> tuple
     if is_file and not file.is_file():
         raise RewardError(f"no file {source!r} in {Path.cwd()}; type where it is: path/to/file.py:function")
     name, folder = (file.stem, file.parent) if is_file else (source, Path.cwd())
-    beside = {x.stem: x.resolve() for x in folder.glob("*.py") if x.stem not in sys.builtin_module_names}
+    beside = {x.parent.name: x.resolve() for x in folder.glob("*/__init__.py")}
+    beside |= {x.stem: x.resolve() for x in folder.glob("*.py") if x.stem not in sys.builtin_module_names}
     hidden = {x: sys.modules.pop(x) for x in beside.keys() & sys.modules.keys()
               if Path(getattr(sys.modules[x], "__file__", None) or "").resolve() != beside[x]}
     if file in beside.values() and file not in files:  # it may have changed since an earlier call
         sys.modules.pop(name, None)
         files.add(file)
     sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
     try:
         module = importlib.import_module(name)
         reward = getattr(module, function)

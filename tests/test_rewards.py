@@ -1563,7 +1563,8 @@ def test_its_folder_is_searched_for_what_it_imports_now_and_later(tmp_path):
 
 def test_siblings_named_like_our_files_are_its_own_here(tmp_path):
     import data
-    folder = write(tmp_path / "mine", data="ANSWERS = 1\n",
+    write(tmp_path / "mine" / "data", __init__="from data.more import ANSWERS\n", more="ANSWERS = 1\n")
+    folder = write(tmp_path / "mine",
                    rewards="from data import ANSWERS\nBASE = 2 * ANSWERS\n",
                    reward="import data, json, rewards\ndef f(completion, example):\n"
                           "    return data.ANSWERS + rewards.BASE + json.loads('4')\n")
