@@ -979,9 +979,9 @@ def side_by_side(before: list, after: list) -> str:
     return "\n".join(lines)
 
 
-def evaluation_in_words(evaluation: dict) -> str:
-    names = {"accuracy": "held-out accuracy", "reward": "reward", "sampled_accuracy": "sampled accuracy",
-             "pass_at_k": "pass@k"}
+def evaluation_in_words(evaluation: dict, samples: int) -> str:
+    names = {"accuracy": "held-out accuracy", "reward": "reward", "sampled_accuracy": "accuracy of samples",
+             "pass_at_k": f"pass@{samples}"}
     return ", ".join(f"{words} {evaluation[name]:.3f}" for name, words in names.items()
                      if evaluation.get(name) is not None)
 

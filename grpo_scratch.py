@@ -905,6 +905,8 @@ def open_run(config: Config) -> Run | None:
 
     The plan comes before the weights: none are read when they can't fit. With `plan_only` it is all there is.
     """
+    if config.report_to != "none":
+        data.import_service(config.report_to)  # refused now, where it is missing
     run, writes = Run(config, meet_ranks(config)), not (config.eval_only or config.plan_only)
     checkpoint = config.resume and data.find_checkpoint(config.resume, config.output_dir, config.name)
     named = Path(config.output_dir, config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -965,28 +967,27 @@ def read_inputs(run: Run, model: str) -> tuple:
     loaded = data.load_task(
         config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
         train_examples=config.train_examples, eval_examples=config.eval_examples)
+    if not config.plan_only:
+        if not config.reward:
+            config.refuse("reward", "name at least one")
+        run.rewards, one = rewards.load_rewards(config.reward, warn), loaded[0][:1]
+        with told_as_input(f"--task {config.task}", "; give a --reward that suits its rows"):
+            rewards.check_rows(run.rewards, loaded[0] + loaded[1])
+            rewards.score_batch(run.rewards, [one[0]["prompt"]], ["<answer>1</answer>"], one, [[1]])
     model_config, tokenizer = data.load_config(model, trust_remote_code=config.trust_remote_code)
     run.examples, run.heldout = (data.tokenize(tokenizer, model_config, rows, config.max_new_tokens)
                                  for rows in loaded)
     run.longest = config.max_new_tokens + max(len(e["prompt_ids"]) for e in run.examples + run.heldout)
     with told_as_input(f"--model {config.model}"):
         memory.refuse_short_windows(model_config, run.longest)
-    say(f"recipe {config.recipe} on {run.device}, {str(run.dtype).removeprefix('torch.')} (choose otherwise "
-        f"with --recipe and --device)\nmodel  {config.model}\n"
-        f"task   {config.task}, {len(run.examples)} examples to train on, {len(run.heldout)} held out")
-    if tokenizer.chat_template is None and isinstance(run.examples[0]["prompt"], list):
-        warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
-    if config.plan_only:
-        return model_config, tokenizer
     for example in run.examples if config.cold_start_steps and not config.eval_only else []:
         data.demonstration_ids(tokenizer, model_config, example, random.Random(0))
-    if not config.reward:
-        config.refuse("reward", "name at least one")
-    run.rewards, one = rewards.load_rewards(config.reward, warn), run.examples[:1]
-    say(f"reward {' + '.join(f'{weight:g} x {name}' for name, (_, weight) in run.rewards.items())}")
-    with told_as_input(f"--task {config.task}", "; give a --reward that suits its rows"):
-        rewards.check_rows(run.rewards, run.examples + run.heldout)
-        rewards.score_batch(run.rewards, [one[0]["prompt"]], ["<answer>1</answer>"], one, [[]])
+    say(f"recipe {config.recipe} on {run.device}, {str(run.dtype).removeprefix('torch.')} (choose otherwise "
+        f"with --recipe and --device)\nmodel  {config.model}\n"
+        f"task   {config.task}, {len(run.examples)} examples to train on, {len(run.heldout)} held out\n"
+        f"reward {' + '.join(f'{weight:g} x {name}' for name, (_, weight) in run.rewards.items())}")
+    if tokenizer.chat_template is None and isinstance(run.examples[0]["prompt"], list):
+        warn(f"{config.model} has no chat template; its prompts are the messages' plain text")
     return model_config, tokenizer
 
 
@@ -1158,7 +1159,7 @@ def train(config: Config) -> dict:
         return {"recipe": config.recipe}
     if config.eval_only:
         found = evaluate(run)
-        say(data.evaluation_in_words(found))
+        say(data.evaluation_in_words(found, config.eval_samples))
         return {"recipe": config.recipe, **found}
     if run.before is None:
         if config.cold_start_steps:
@@ -1168,7 +1169,7 @@ def train(config: Config) -> dict:
         if config.reference_url:
             check_reference(run)
         run.before = evaluate(run)
-        say(f"before GRPO: {data.evaluation_in_words(run.before)}")
+        say(f"before GRPO: {data.evaluation_in_words(run.before, config.eval_samples)}")
     run.optimizer.make_state()  # while the memory is in one piece
     warned, stopped_by, saved_at = set(), None, time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,
@@ -1192,8 +1193,8 @@ def train(config: Config) -> dict:
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 found = evaluate(run)
                 best = data.save_best(run.policy, run.folder, run.evaluations[-1])
-                say(f"step {step}: {data.evaluation_in_words(found)} (best {best['accuracy']:.3f} at step "
-                    f"{best['step']})")
+                told = f" (best {best['accuracy']:.3f} at step {best['step']})" * (best["accuracy"] >= 0)
+                say(f"step {step}: {data.evaluation_in_words(found, config.eval_samples)}{told}")
                 data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
                 dashboard.log(run.evaluations[-1], prefix="held-out/")
             if run.bad_steps >= MOST_BAD_STEPS:
@@ -1231,7 +1232,8 @@ def ask(config: Config) -> None:
                 [episode] = rollout(run, asked, group_size=1, temperature=0.0)
             say(episode.text)
             if run.rewards:
-                say(f"reward {episode.reward:g} ({', '.join(f'{k} {x}' for k, x in episode.parts.items())})")
+                told = ", ".join(f"{k} {'none' if x is None else f'{x:g}'}" for k, x in episode.parts.items())
+                say(f"reward {episode.reward:g} ({told})")
         except (InputError, rewards.RewardError) as error:
             if config.ask:
                 raise

@@ -1,6 +1,7 @@
 """What several test files share: the hub is never asked, and a small Qwen2 folder to load from."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and so do the runs that they start
@@ -24,3 +25,13 @@ def qwen2_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def the_code_of_a_test_is_forgotten(monkeypatch, tmp_path):
+    """A reward's file stays among the modules, and its folder on the path, as in a program."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, "__file__", None)):
+            del sys.modules[name]

@@ -152,7 +152,7 @@ def test_token_weights_are_the_three_averages(lengths):
 
 
 def test_an_unknown_aggregation_is_refused():
-    with pytest.raises(ValueError, match="'token', 'sequence'"):
+    with pytest.raises(ValueError, match="use token, sequence"):
         g.token_weights(torch.tensor([3]), "mean")
 
 

@@ -28,15 +28,6 @@ import rewards
 few, many = (settings(deadline=None, max_examples=count) for count in (200, 1000))
 
 
-@pytest.fixture(autouse=True)
-def the_code_of_a_test_is_forgotten(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name, module in list(sys.modules.items()):
-        if str(tmp_path) in str(getattr(module, "__file__", None)):
-            del sys.modules[name]
-
-
 def disagreements(reward, rows):
     """The rows (completion, example, expected) that the reward scores otherwise, with its score."""
     scored = [(completion, example, want, reward(completion, example)) for completion, example, want in rows]

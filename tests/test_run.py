@@ -290,6 +290,7 @@ def test_memory_that_runs_out_for_good_ends_with_one_line_which_the_first_rank_t
     monkeypatch.setattr(sys, "argv", ["grpo_scratch.py", "--recipe", "tiny"])
     if rank:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as stop:
         g.main()
     assert stop.value.code == 2 and slept == pauses
@@ -374,8 +375,7 @@ def test_a_strangers_checkpoint_runs_no_code_unasked(tmp_path, own_task):
     with pytest.raises(g.InputError, match="the run's reward is code"):  # without a function too
         g.parse_command_line(resume)
     torch.save(saved, state)
-    with pytest.raises(g.InputError, match="the run's reward is code"):
-        g.parse_command_line([*resume, "--ask", "x"])
+    assert g.parse_command_line([*resume, "--ask", "x"]).reward == []  # left out
     config = g.parse_command_line([*resume, "--reward", *reward])
     assert config.trust_remote_code is False  # to be given anew, too
     torch.save({"config": subprocess.Popen}, state)  # a pickle that names code
@@ -484,12 +484,13 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
 
     def save(policy, state, folder, keep):
         if state["step"] == 3:  # as if a kill had come while an old one was being removed
-            (folder / ".checkpoint.old" / "half").mkdir(parents=True)
+            (folder / ".removed.old" / "half").mkdir(parents=True)
         real(policy, state, folder, keep)
 
     monkeypatch.setattr(data, "save_checkpoint", save)
     g.train(quick(tmp_path, steps=4, save_every=1, keep_checkpoints=2))
-    assert {p.name for p in (tmp_path / "run").glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-4"}
+    folders = {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()}
+    assert folders == {"checkpoint-3", "checkpoint-4", "best", "final"}
 
 
 def test_resuming_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
@@ -555,15 +556,12 @@ def test_a_best_model_that_cannot_be_saved_costs_nothing_else(tmp_path, monkeypa
     real = data.save_folder
 
     def save_folder(policy, folder, *more, **named):
-        if folder.name == "best":
-            raise OSError("No space left on device")
-        real(policy, folder, *more, **named)
+        return folder.name != "best" and real(policy, folder, *more, **named)
 
     monkeypatch.setattr(data, "save_folder", save_folder)
     g.train(quick(tmp_path, eval_every=1))
     assert (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "best").exists()
-    out, err = capsys.readouterr()
-    assert "best/ could not be saved" in err and "(best 0.500 at step 1)" in out
+    assert "step 1: held-out accuracy 0.500" in (out := capsys.readouterr().out) and "best 0.5" not in out
 
 
 @pytest.mark.parametrize("reward", ["countdown_equation", "gsm8k_answer", "gsm8k_last_number"])
@@ -916,7 +914,7 @@ def test_the_recipes_are_the_designs_rows():
 
 
 @pytest.mark.parametrize("budget, code, told", [
-    ("12", 0, "budget"), ("1", 2, "error: at the least the update takes"),
+    ("12", 0, "budget"), ("1", 2, "error: at the least the rollout takes"),
 ])
 def test_the_plan_is_printed_for_a_card_that_is_not_there_and_no_weights_are_read(
     tmp_path, budget, code, told, monkeypatch, capsys
