@@ -362,22 +362,21 @@ def of_tokens(batch: list[TrainSequence], counts: Tensor, device) -> dict[str, T
 def optimizer_step(run: "Run", optimizer, parts: list[dict[str, float]], max_grad_norm: float) -> dict:
     """One step on the clipped gradients, which are gone after it. No step if a number is not finite.
 
-    Returns the sums of all ranks' `parts` and the gradient's norm. Raises StepLost when memory runs out,
+    Returns the sums of all ranks' `parts`, and the gradient's norm. Raises StepLost when memory runs out,
     because half a step can't be made again.
     """
     found = Counter()
     for part in parts:
         found.update(part)
-    try:
-        found["grad_norm"] = float(optimizer.sum_gradients(max_grad_norm or math.inf))
-        if all(map(math.isfinite, found.values())):
-            run.midway = True
+    run.midway = True
+
+    def step(run: "Run", _) -> list[float]:
+        norm = float(optimizer.sum_gradients(max_grad_norm or math.inf))
+        if all(map(math.isfinite, [norm, *found.values()])):
             optimizer.step()
-    except RuntimeError as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        raise StepLost("out of memory in the optimizer's step, which may be half done; go on from the last "
-                       "checkpoint with --offload-optimizer or a smaller --memory-budget-gib") from error
+        return [norm]
+
+    found["grad_norm"] = run.attempt("optimizer's step", step, [])[0]
     optimizer.zero_grad(set_to_none=True)
     return found
 
@@ -386,19 +385,17 @@ class StepLost(memory.DoesNotFit):
     """Memory ran out when part of a step had already changed weights. They must not be saved."""
 
 
+def set_learning_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def learning_rate(config: "Config", step: int) -> float:
     """The rate of a step, counted from 1. It rises in a line, until it is --learning-rate at the last warm-up
     step. With the schedule "linear" it falls from there, and would be zero one step after the last."""
     top = max(config.warmup_steps, 1)  # the first step at the full rate
-    rate = config.learning_rate * min(1.0, step / top)
-    if config.lr_schedule == "linear" and step > top:
-        rate *= 1 - (step - top) / (config.steps - top + 1)
-    return rate
-
-
-def set_learning_rate(optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    falls = max(0, step - top) / (config.steps - top + 1) if config.lr_schedule == "linear" else 0.0
+    return config.learning_rate * min(1.0, step / top) * (1 - falls)
 
 
 # What `update` and compare_with_sampler measure.
@@ -846,18 +843,19 @@ class Run:
             self.order += self.shuffle.sample(self.examples, len(self.examples))
         return self.order[drawn : drawn + count]
 
-    def attempt(self, phase: Literal["rollout", "update"], work: Callable, items: list, **options) -> list:
+    def attempt(self, phase: str, work: Callable, items: list, **options) -> list:
         """The lists that work(run, items, **options) makes on all ranks, put together.
 
-        When memory runs out, the limits are made smaller, and the work begins again without gradients. An
-        error on one rank is raised on every rank. Raises DoesNotFit when the limits are at their least, but
-        StepLost when this step has already changed weights.
+        When memory runs out in the phase "rollout" or "update", the limits are made smaller, and the work
+        begins again, without gradients. An error on one rank is raised on every rank. Raises DoesNotFit when
+        the limits are at their least, but StepLost when this step has already changed weights.
         """
         longest = max(map(len, items), default=0) if phase == "update" else 0
 
         def until_it_fits() -> list:
             while True:
-                self.policy.model.zero_grad(set_to_none=True)
+                if phase == "update":
+                    self.policy.model.zero_grad(set_to_none=True)
                 try:
                     return work(self, items, **options)
                 except RuntimeError as error:
