@@ -107,8 +107,8 @@ SYSTEM = {PROMPTS[name](NOTHING)[0]["content"] for name in ("countdown", "gsm8k"
 
 
 def asked_example(text: str, prompt_format: str) -> Example:
-    """The example that --ask means: a JSON object, or text for the user's turn of a prompt. The text is the
-    whole prompt if `prompt_format` is not in PROMPTS, as for a task from a file."""
+    """The example that --ask means: a JSON object, or text for the user's turn of a prompt. Text is the whole
+    prompt if `prompt_format` is not in PROMPTS, as for a task from a file."""
     row = None
     with suppress(ValueError, RecursionError):
         row = json.loads(text)
@@ -199,8 +199,7 @@ def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) ->
     told = (f"{len(others)} of {len(examples)} prompts, of up to {lengths[-1]} tokens, with --max-new-tokens "
             f"{max_new_tokens} exceed the model's context of {context} ({'; '.join(map(place, others[:8]))}"
             f"{'; ...' * (len(others) > 8)}); ")
-    told += (f"{len(short)} of them fit with --max-new-tokens {context - short[-1]}" if short else
-             "no --max-new-tokens helps, shorten them")
+    told += f"{len(short)} fit with --max-new-tokens {context - short[-1]}" if short else "shorten them"
     if len(others) == len(examples):
         raise InputError(told)
     warn(f"{told}. They are left out")
@@ -412,8 +411,8 @@ def read_file(source: str) -> list[tuple[int, dict]]:
             rows = [(number, json.loads(line.strip())) for line in lines() if line.strip()]
     except (UnicodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
         line = number + getattr(error, "lineno", 1) - 1
-        told = getattr(error, "msg", error)
-        raise InputError(f"{source}, line {line}: {told}; {needed}, in UTF-8") from error
+        needed = "save the file as UTF-8" if isinstance(error, UnicodeError) else needed
+        raise InputError(f"{source}, line {line}: {getattr(error, 'msg', error)}; {needed}") from error
     return rows
 
 
@@ -498,10 +497,8 @@ def tiny_config(tokenizer) -> transformers.Qwen2Config:
     )
 
 
-def tiny_policy(
-    seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
-    """The embedded policy with random weights, and its tokenizer, made in memory: nothing to download."""
+def tiny_policy(seed: int, dtype: torch.dtype = torch.float32) -> tuple:
+    """The embedded policy (model with random weights, tokenizer), made in memory: nothing to download."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -540,8 +537,9 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
             part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
     # Some classes of tokenizers add an end token to a vocabulary that has none. The model never saw it.
     rows, end = config.get_text_config().vocab_size, tokenizer.eos_token
-    words = text_of(model, "tokenizer.json")
-    is_known = words == "{}" or str(end) in words or json.dumps(end)[1:-1] in words
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    words = "".join(text_of(model, name) for name in files)
+    is_known = words.startswith("{}") or str(end) in words or json.dumps(end)[1:-1] in words
     if end is None or tokenizer.eos_token_id >= rows or not is_known:
         names = [tokenizer.convert_ids_to_tokens(i) for i in declared_ends(model) if i < rows]
         tokenizer.eos_token = next(filter(None, names), None)
@@ -622,9 +620,8 @@ def refuse_full_disk(folder: Path, bytes_needed: float) -> None:
     """Raises InputError if the disk lacks `bytes_needed`, which a checkpoint and `final/` take."""
     free = shutil.disk_usage(existing(folder)).free
     if first_rank() and free < bytes_needed:
-        raise InputError(f"--output-dir {folder.parent}: {free / 1e9:.1f} GB free, and the run saves "
-                         f"{bytes_needed / 1e9:.1f} GB; make room, choose another, or save no checkpoints: "
-                         "--save-every 0 --save-minutes 0")
+        raise InputError(f"--output-dir {folder.parent}: {free / 1e9:.1f} GB free, the run needs "
+                         f"{bytes_needed / 1e9:.1f}; make room, or --save-every 0 --save-minutes 0")
 
 
 def existing(folder: Path) -> Path:
@@ -776,28 +773,24 @@ def load_state(checkpoint: Path) -> dict:
     """A checkpoint's trainer state: numbers, text and tensors, so a stranger's file runs no code."""
     try:  # Windows removes no file that is mapped into memory
         state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=os.name != "nt")
-        missing = {"config", "limits", "step"} - set(state)
+        if missing := {"config", "limits", "step"} - set(state):
+            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"--resume: {checkpoint / STATE} can't be read ("
-                         f"{brief(error)}); use another checkpoint") from error
-    if missing:
-        raise InputError(f"--resume: {checkpoint / STATE} is not the state of a run, it has no "
-                         f"{' and no '.join(sorted(missing))}; use another checkpoint")
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read as the state of a run "
+                         f"({brief(error)}); use another checkpoint") from error
     return state
 
 
 def settings_of_run(model: str) -> dict:
     """Task, prompts and rewards of the run in whose folder a model's folder lies; {} if it lies in none."""
-    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens", "temperature",
-             "eval_examples")
     path = Path(model).absolute().parent / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path} is not the settings of a run ({error}); mend it, or give --recipe"
                          ) from error
-    if not isinstance(saved, dict) or "recipe" not in saved:  # another program's
-        return {}
+    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens", "temperature",
+             "eval_examples") if isinstance(saved, dict) and "recipe" in saved else ()  # or another program's
     return {name: saved[name] for name in names if name in saved}
 
 
@@ -837,21 +830,20 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
     panels = {"reward": (rewards, ["reward"]), "accuracy": (["accuracy"], ["accuracy", "sampled_accuracy"]),
               "completion length (tokens)": (["completion_length"], []),
-              "entropy (nats a token)": (["entropy"], [])}  # title: training's names, held-out names
-    column = lambda records, name: [math.nan if r.get(name) is None else r[name] for r in records]
+              "entropy (nats a token)": (["entropy"], [])}  # title: names in training, names held out
+    column = lambda name, records: [math.nan if r[name] is None else r[name] for r in records]
     figure, window = Figure(figsize=(10, 6.5)), max(1, len(metrics) // 20)
     figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.18, hspace=0.3)
     for axis, (title, (names, heldout)) in zip(figure.subplots(2, 2).flat, panels.items()):
         for i, name in enumerate(names):
-            steps, values = column(metrics, "step"), torch.tensor(column(metrics, name))
+            steps, values = column("step", metrics), torch.tensor(column(name, metrics))
             means = [values[max(0, j - window) : j].nanmean() for j in range(1, len(values) + 1)]
             axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
             axis.plot(steps, means, color=f"C{i}", linewidth=2, label=name.removeprefix("reward/"))
-        for name in heldout:
-            how, marks = ("sampled", "k^--") if name == "sampled_accuracy" else ("greedy", "ko-")
+        for name, marks in zip(heldout, ("ko-", "k^--")):
             if measured := [e for e in evaluations if e.get(name) is not None]:
-                axis.plot(column(measured, "step"), column(measured, name), marks, markersize=5, linewidth=1,
-                          label=f"held-out, {how}")
+                axis.plot(column("step", measured), column(name, measured), marks, markersize=5, linewidth=1,
+                          label=f"held-out, {'sampled' if 'sampled' in name else 'greedy'}")
         axis.set_title(title, fontsize=13)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -876,10 +868,8 @@ def import_service(service: str):
 
 
 class Dashboard:
-    """Sends the numbers of metrics.jsonl and a few samples to a service ("none": to none), until it fails.
-
-    A resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps.
-    """
+    """Sends the numbers of metrics.jsonl and a few samples to a service ("none": to none), until it fails. A
+    resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps."""
 
     def __init__(self, service: str, folder: Path, config: dict, step: int):
         self.service, self.run = service, None
@@ -887,39 +877,35 @@ class Dashboard:
             return
         self.module, name = import_service(service), re.sub(r"[^\w.-]", "-", folder.absolute().name)
         folder.mkdir(parents=True, exist_ok=True)
-        ids = [None, *(path.name.rpartition("-")[2] for path in folder.glob("wandb/*run-*-*"))]  # run-TIME-ID
-        more = {"id": ids[-1], "dir": str(folder)} if service == "wandb" else {}
-        with self.warning():
+        with only_warned(f"--report-to {service} failed", Exception):
             if service == "tensorboard":
                 self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
                 self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
             else:
-                self.run = self.module.init(project="grpo_scratch", name=name, config=config,
-                                            resume="allow", **more)
-
-    def warning(self):
-        return only_warned(f"--report-to {self.service} failed", Exception)
+                ids = [path.name.rpartition("-")[2] for path in folder.glob("wandb/*run-*-*")]
+                more = {"id": ids[-1] if ids else None, "dir": str(folder)} if service == "wandb" else {}
+                self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow",
+                                            **more)
 
     def log(self, record: dict, samples: Iterable[dict] = (), prefix: str = "") -> None:
         """Send a record's numbers under their names, after `prefix`, and samples' rewards and texts."""
         step, run, self.run = record["step"], self.run, None  # after a failure nothing more is sent
         values = {prefix + k: x for k, x in record.items() if isinstance(x, (int, float)) and k != "step"}
-        text = "\n\n".join(f"reward {x['reward']:.3f}\n{x['completion']}" for x in samples)
-        shown = f"<pre>{html.escape(text)}</pre>"
-        with self.warning():
+        text = html.escape("\n\n".join(f"reward {x['reward']:.3f}\n{x['completion']}" for x in samples))
+        with only_warned(f"--report-to {self.service} failed", Exception):
             if run and self.service == "tensorboard":
                 for name, x in values.items():
                     run.add_scalar(name, x, step)
                 if text:
-                    run.add_text("samples", shown, step)
+                    run.add_text("samples", f"<pre>{text}</pre>", step)
                 run.flush()
             elif run:
                 kind = self.module.Html if self.service == "wandb" else self.module.Markdown
-                run.log(values | ({"samples": kind(shown)} if text else {}), step=step)
+                run.log(values | ({"samples": kind(f"<pre>{text}</pre>")} if text else {}), step=step)
             self.run = run
 
     def close(self) -> None:
-        with self.warning():
+        with only_warned(f"--report-to {self.service} failed", Exception):
             if self.run:
                 (self.run.close if self.service == "tensorboard" else self.run.finish)()
 
@@ -1003,24 +989,22 @@ def report(summary: dict, eval_samples: int, folder: Path) -> str:
 
 def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
     """Warn once of each way in which a run stops learning, with what usually helps."""
-    def last(steps: int, is_so: Callable[[dict], bool]) -> bool:
-        return len(metrics) >= steps and all(map(is_so, metrics[-steps:]))
-
-    none_left = last(3, lambda m: "every answer truncated" in (m.get("skipped") or ""))
-    all_cut = last(20, lambda m: m["truncated_fraction"] == 1)
-    no_spread = last(20, lambda m: m["groups_without_spread"] == 1)
-    all_alike = last(20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3)
+    is_cut = lambda m: m["truncated_fraction"] == 1
+    is_dropped = lambda m: "every answer truncated" in (m.get("skipped") or "")
     longer = "a longer --max-new-tokens, or --cold-start-steps to teach the form of an answer, usually help"
-    troubles = {
-        "for 3 steps every answer has hit the length limit, and --skip-truncated leaves nothing to learn "
-        f"from; {longer}, or --skip-truncated false": none_left,
-        f"every answer has hit the length limit for 20 steps; {longer}": all_cut and not none_left,
+    troubles = {  # message: what each of so many last steps shows
+        "every answer has hit the length limit for 3 steps, and --skip-truncated drops them all; "
+        f"--skip-truncated false, {longer}": (3, is_dropped),
+        f"every answer has hit the length limit for 20 steps; {longer}":
+            (20, lambda m: is_cut(m) and not is_dropped(m)),
         "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
         "larger --group-size or --temperature, or a reward with more steps in it usually help":
-        no_spread and not all_cut,
+            (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
         "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
-        "above 0 or a higher --temperature, from the start, usually help": all_alike and not all_cut,
+        "above 0 or a higher --temperature, from the start, usually help":
+            (20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3 and not is_cut(m)),
     }
-    for message in [message for message, is_so in troubles.items() if is_so and message not in warned]:
-        warned.add(message)
-        warn(message)
+    for message, (steps, shows) in troubles.items():
+        if message not in warned and len(metrics) >= steps and all(map(shows, metrics[-steps:])):
+            warned.add(message)
+            warn(message)

@@ -658,7 +658,7 @@ def test_tokens_that_the_embeddings_lack_are_refused_with_their_row(tmp_path):
     config = transformers.Qwen2Config(vocab_size=len(tokenizer))
     tokenizer.add_tokens(["<extra>"])
     examples = sorted(everything(tmp_path / "a.jsonl"), key=lambda e: e["prompt"])
-    told = rf"a.jsonl, line {{}}: the {{}} has token <extra> \(id {config.vocab_size}\), and the model's embed"
+    told = rf"a.jsonl, line {{}}: the {{}} has token <extra> \(id {config.vocab_size}\), and the model"
     with pytest.raises(InputError, match=told.format(3, "prompt")):
         data.tokenize(tokenizer, config, examples, 4)
     with pytest.raises(InputError, match=told.format(2, "demonstration")):
@@ -676,10 +676,10 @@ def test_prompts_that_are_too_long_are_left_out_with_one_warning(tmp_path, capsy
     assert told.count("warning") == told.count("\n") == 1 and "3 of 6 prompts, of up to 102 tokens" in told
     assert (
         all(f"a.csv, line {n}" in told for n in (3, 5, 6))
-        and "2 of them fit with --max-new-tokens 39" in told
+        and "2 fit with --max-new-tokens 39" in told
     )
     assert len(data.tokenize(tokenizer, config, examples, 39)) == 5
-    assert "no --max-new-tokens helps" in capsys.readouterr().err
+    assert "shorten them" in capsys.readouterr().err
     with pytest.raises(InputError, match="6 of 6 prompts.* exceed the model's context of 100"):
         data.tokenize(tokenizer, config, examples, 98)
     made = load("mini-countdown", train_examples=1)[0]
@@ -922,13 +922,13 @@ def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path).free
     data.refuse_full_disk(tmp_path / "runs" / "r", free / 2)
     with pytest.raises(
-        InputError, match=r"--output-dir .*runs: [\d.]+ GB free, and the run saves [\d.]+ GB; make"
+        InputError, match=r"--output-dir .*runs: [\d.]+ GB free, the run needs [\d.]+; make"
     ):
         data.refuse_full_disk(tmp_path / "runs" / "r", 2 * free + 1e9)
 
 
 def test_saving_needs_nothing_that_windows_lacks(policy, tmp_path, monkeypatch):
-    """There, no folder can be opened, nothing is renamed onto what exists, and a sync needs a writable file."""
+    """There, no folder can be opened, nothing is renamed onto what exists, only writable files are synced."""
     real_rename, synced = Path.rename, []
 
     class Windows:
