@@ -127,7 +127,7 @@ def asked_example(text: str, prompt_format: str) -> Example:
 
 
 def last_request(prompt: str | list[dict]) -> str:
-    """What the prompt asks: its text, or the last message that is not the assistant's open turn."""
+    """What the prompt asks: its text, or the last message that is not the assistant's."""
     if isinstance(prompt, str):
         return prompt
     return ([m["content"] for m in prompt if m["role"] != "assistant"] or [prompt[0]["content"]])[-1]
@@ -138,7 +138,7 @@ def last_request(prompt: str | list[dict]) -> str:
 
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     """Token ids of a prompt: text as it stands, or chat messages as the tokenizer's template writes them. A
-    last message from the assistant begins the answer. Without a template, each message is a line."""
+    last message from the assistant begins the answer. Without a template, messages are lines."""
     return encode(tokenizer, prompt)[0]
 
 
@@ -175,18 +175,16 @@ def apply_template(tokenizer, messages: list[dict]) -> str:
         user = messages[1] | {"content": f"{words}\n\n{messages[1]['content']}"}
         return apply_template(tokenizer, [user, *messages[2:]])
     if refused:
-        raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses the messages "
-                         f"{str(messages)[:80]!r} ({brief(refused)}); put a system message's words at "
-                         "the head of the user's, leave out other roles, or use text prompts") from refused
+        raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses "
+                         f"{str(messages)[:80]} ({brief(refused)}); put a system message's words at the head "
+                         "of the user's, leave out other roles, or write prompts as text") from refused
     return text
 
 
 def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) -> list[Example]:
     """Put `prompt_ids` and `opened`, the tag that the prompt leaves open ("": none), into each example.
-
-    Returns the examples that fit the model's context with `max_new_tokens`; one warning is about the others.
-    Raises InputError if none fits, or if the model's embeddings lack a token.
-    """
+    Returns those that fit the model's context with `max_new_tokens`, and warns once of the others. Raises
+    InputError if none fits, or if the model's embeddings lack a token."""
     for example in examples:
         example["prompt_ids"], example["opened"] = encode(tokenizer, example["prompt"])
         refuse_unknown(tokenizer, config, example, "prompt", example["prompt_ids"])
@@ -253,8 +251,8 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
 def demonstration(example: dict, rng: random.Random) -> str:
     """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown.
 
-    An attempt's format and arithmetic are right. GRPO has to teach which expression hits the target. Plus is
-    twice as frequent as the others: so, with every seed, it is the greedy answer to all problems before GRPO.
+    An attempt's format and arithmetic are right. GRPO has to teach which expression hits the target. Plus
+    comes twice as often as others: before GRPO it is the greedy answer to all problems, whatever the seed.
     """
     if isinstance(example.get("completion"), str):
         return example["completion"]
@@ -291,11 +289,8 @@ def countdown_key(problem: dict) -> tuple:
 
 
 def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """All problems of two numbers of 1-30 with a positive target by +, - or *, as (train, held-out).
-
-    The larger number comes first, so no difference is negative. A pair of numbers is in one part only: which
-    operator hits a target must be learned from other pairs.
-    """
+    """All problems of two numbers of 1-30 with a positive target by +, - or *, as (train, held-out). The
+    larger number comes first, so no difference is negative. All problems of a pair are in the same part."""
     pairs = list(itertools.combinations_with_replacement(range(1, MINI_LARGEST + 1), 2))
     random.Random(seed).shuffle(pairs)
     problems = [Example(nums=[b, a], target=target)
@@ -636,9 +631,8 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(".*.old"):  # the run was killed while it replaced or removed a folder
-        name = old.name[1:-4]
-        if name in ("best", "final") and not (folder / name).exists():
-            old.rename(folder / name)
+        if old.name in (".best.old", ".final.old") and not (folder / old.name[1:-4]).exists():
+            old.rename(folder / old.name[1:-4])
         shutil.rmtree(old, ignore_errors=True)
     write_json(folder / "config.json", config)
     later_ones = [c for c in checkpoints(folder) if int(step_of(c)) > step]
@@ -677,11 +671,9 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None):
     """Write a Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's `state` or the
-    `evaluation` that made it the best. A failure only warns; returns whether it worked.
-
-    The folder is written beside, synced and renamed, so it appears whole or not at all. One that it replaces
-    is renamed first; if the run is killed between the two, `open_folder` gives the old one its name back.
-    """
+    `evaluation` that made it the best. A failure only warns; returns whether it worked. The folder is
+    written beside, synced and renamed, so it appears whole or not at all. One that it replaces is renamed
+    first; if the run is killed between the two, `open_folder` gives the old one its name back."""
     if not first_rank():
         return True
     beside, old = folder.parent / ".partial", folder.with_name(f".{folder.name}.old")
@@ -704,7 +696,7 @@ def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluat
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
-        warn(f"{folder.name}/ could not be saved ({brief(error)})")
+        warn(f"{folder} could not be saved ({brief(error)})")
         shutil.rmtree(beside, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
@@ -716,10 +708,8 @@ def sync(path: Path) -> None:
     """Have a file, or a folder's list of files, on the disk itself."""
     with suppress(PermissionError):  # Windows opens no folder
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def step_of(checkpoint: Path) -> str:
@@ -734,7 +724,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> None:
     """Write `checkpoint-<step>`; then remove all but the newest `keep` (0: none). A failure only warns."""
-    checkpoint, removed = folder / f"checkpoint-{state['step']}", folder / ".removed.old"
+    checkpoint, removed = folder / f"checkpoint-{state['step']}", folder / ".checkpoint.old"
     if first_rank() and not checkpoint.exists() and save_folder(policy, checkpoint, state=state):
         for old in checkpoints(folder)[:-keep] if keep else []:
             with only_warned(f"{old.name} could not be removed", OSError):
@@ -774,10 +764,10 @@ def load_state(checkpoint: Path) -> dict:
     try:  # Windows removes no file that is mapped into memory
         state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu", mmap=os.name != "nt")
         if missing := {"config", "limits", "step"} - set(state):
-            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+            raise ValueError(f"it is not the state of a run, it has no {' and no '.join(sorted(missing))}")
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"--resume: {checkpoint / STATE} can't be read as the state of a run "
-                         f"({brief(error)}); use another checkpoint") from error
+        raise InputError(f"--resume: {checkpoint / STATE} can't be read: {brief(error)}; use another "
+                         "checkpoint") from error
     return state
 
 
