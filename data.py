@@ -821,7 +821,7 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     panels = {"reward": (rewards, ["reward"]), "accuracy": (["accuracy"], ["accuracy", "sampled_accuracy"]),
               "completion length (tokens)": (["completion_length"], []),
               "entropy (nats a token)": (["entropy"], [])}  # title: names in training, names held out
-    column = lambda name, records: [math.nan if r[name] is None else r[name] for r in records]
+    column = lambda name, records: [math.nan if (x := r.get(name)) is None else x for r in records]
     figure, window = Figure(figsize=(10, 6.5)), max(1, len(metrics) // 20)
     figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.18, hspace=0.3)
     for axis, (title, (names, heldout)) in zip(figure.subplots(2, 2).flat, panels.items()):
