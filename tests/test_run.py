@@ -566,7 +566,7 @@ def test_a_best_model_that_cannot_be_saved_costs_nothing_else(tmp_path, monkeypa
 
 @pytest.mark.parametrize("reward", ["countdown_equation", "gsm8k_answer", "gsm8k_last_number"])
 def test_a_reward_of_another_task_is_refused_before_any_weights_are_read(tmp_path, own_task, reward):
-    with pytest.raises(g.InputError, match=f"task.jsonl: .*{reward}' raised KeyError.*that suits its rows"):
+    with pytest.raises(g.InputError, match=f"task.jsonl, line .: {reward} can't score it .KeyError"):
         g.train(quick(tmp_path, task=own_task["task"], reward=["reasoning_tags", reward], model="missing"))
     assert not (tmp_path / "run").exists()
 
@@ -1027,8 +1027,7 @@ def test_services_get_numbers_samples_and_config_and_the_same_run_again(
     for m in lines(tmp_path / "run" / "metrics.jsonl"):
         assert logged[m["step"], "reward"] == m["reward"]
     assert [step for step, name in logged if name == "held-out/accuracy"] == [0, 2, 3]
-    text = {"wandb": "<pre>reward ", "trackio": "    reward "}[service]
-    assert logged[1, "samples"][0].startswith(text)
+    assert logged[1, "samples"][0].startswith("<pre>reward ")
     assert [name for name, *_ in module.calls].count("finish") == 2
 
 
