@@ -1100,6 +1100,18 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def start(run: Run) -> None:
+    """What comes before the first step: the cold start and the first evaluation."""
+    if run.config.cold_start_steps:
+        cold_start(run)
+        if run.reference:
+            run.reference.refresh()
+    if run.config.reference_url:
+        check_reference(run)
+    run.before = evaluate(run)
+    say(f"before GRPO: {data.evaluation_in_words(run.before, run.config.eval_samples)}")
+
+
 def check_reference(run: Run) -> None:
     """Raises memory.NoReference unless the server's model is the policy, by what both make of prompts."""
     prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
@@ -1160,14 +1172,7 @@ def train(config: Config) -> dict:
         say(data.evaluation_in_words(found, config.eval_samples))
         return {"recipe": config.recipe, **found}
     if run.before is None:
-        if config.cold_start_steps:
-            cold_start(run)
-            if run.reference:
-                run.reference.refresh()
-        if config.reference_url:
-            check_reference(run)
-        run.before = evaluate(run)
-        say(f"before GRPO: {data.evaluation_in_words(run.before, config.eval_samples)}")
+        start(run)
     run.optimizer.make_state()  # while the memory is in one piece
     warned, stopped_by, saved_at = set(), None, time.monotonic()
     bar = tqdm(range(run.step + 1, config.steps + 1), "GRPO", config.steps, initial=run.step,

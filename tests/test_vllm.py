@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 
@@ -73,49 +71,22 @@ def move_every_weight(model, seed=0):
     assert all((a != b).float().mean() > 0.99 for a, b in zip(before, model.parameters()))
 
 
-def random_states():
-    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def engine(request):
-    """A sampler and the policy that it samples from, made once; and what making it did to this process."""
+    """A sampler and the policy that it samples from, made once."""
     model, _ = data.tiny_policy(seed=1)
     if request.param == "untied":
         model.config.tie_word_embeddings = False
         with torch.random.fork_rng([]):
             torch.manual_seed(1)
             model = type(model)(model.config).eval()
-    threads, before = torch.get_num_threads(), random_states()
-    sampler = new_sampler(model)
-    return SimpleNamespace(
-        sampler=sampler, initial=copy.deepcopy(model.state_dict()), states=(before, random_states()),
-        threads=(threads, torch.get_num_threads()),
-    )
+    return SimpleNamespace(sampler=new_sampler(model), initial=copy.deepcopy(model.state_dict()))
 
 
 @pytest.fixture
 def sampler(engine):
     engine.sampler.model.load_state_dict(engine.initial)
     return engine.sampler
-
-
-@needs_vllm
-def test_an_engine_leaves_random_numbers_and_threads_as_they_were(engine):
-    assert engine.states[0] == engine.states[1]
-    assert engine.threads[0] == engine.threads[1]
-    torch.set_num_threads(engine.threads[0] + 1)  # the engine would have it do nothing
-    try:
-        assert torch.get_num_threads() == engine.threads[0] + 1
-    finally:
-        torch.set_num_threads(engine.threads[0])
-
-
-@needs_vllm
-def test_sampling_draws_no_random_number_of_this_process(sampler):
-    before = random_states()
-    answers(sampler)
-    assert random_states() == before
 
 
 @needs_vllm
@@ -198,7 +169,7 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sampler, monke
 
 def test_a_missing_vllm_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(g.InputError, match="pip install vllm"):
+    with pytest.raises(ValueError, match="pip install vllm"):
         new_sampler(data.tiny_policy(seed=1)[0])
 
 
@@ -211,16 +182,14 @@ def test_a_vllm_that_has_changed_is_refused_with_what_to_install(monkeypatch, ch
 
     fake = SimpleNamespace(__version__="9.9", LLM=new_engine, SamplingParams=dict)
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    before = random_states()
-    with pytest.raises(g.InputError, match="vLLM can't sample here .*pip install vllm==") as caught:
+    with pytest.raises(ValueError, match="vLLM can't sample here .*pip install vllm==") as caught:
         new_sampler(data.tiny_policy(seed=1)[0])
     assert "\n" not in str(caught.value)
-    assert random_states() == before
 
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(memory, "my_rank", lambda: (0, 2))
-    with pytest.raises(g.InputError, match="without torchrun"):
+    with pytest.raises(ValueError, match="without torchrun"):
         new_sampler(data.tiny_policy(seed=1)[0])
 
 
@@ -374,7 +343,7 @@ def test_weights_that_stay_behind_end_the_run(tmp_path, monkeypatch):
             real(sampler)
 
     monkeypatch.setattr(memory.VLLMSampler, "take_weights", only_at_first)
-    with pytest.raises(g.InputError, match="nats from the sampler's"):
+    with pytest.raises(g.InputError, match="nats off the sampler's"):
         g.train(config_of(tmp_path, "run", sampler="vllm", steps=9, learning_rate=0.02,
                           lr_schedule="constant", reward=["countdown_format"], max_new_tokens=20))
     assert data.checkpoints(tmp_path / "run")
