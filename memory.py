@@ -441,25 +441,29 @@ def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
 
 
 def micro_batches(sequences: list, limits: "Limits") -> list[list]:
-    """The sequences, each once, in batches with rows x longest <= limits.micro_batch_tokens.
+    """The sequences, each once, in batches that cost at most limits.micro_batch_tokens; each has `prompt` and
+    `completion` (token ids), of which the last token is predicted, but not read.
 
-    A sequence has `prompt` and `completion` (token ids); its last token is predicted, but not read. Sequences
-    of one prompt stay together, and neighbours have similar lengths, so little is padded. The longest come
-    first, so a batch that does not fit fails at once. A sequence above the limit is a batch of its own.
+    A token that the model computes costs 1 - place_share, and each of its places in the padded rows of
+    attention place_share. So a sequence alone costs its length, and a prompt is paid once for the answers
+    that share it, which stay together. The longest come first: what doesn't fit fails at once.
     """
     length = lambda s: len(s.prompt) + len(s.completion) - 1
     longest: dict[tuple, int] = {}  # of the sequences that share a prompt
     for s in sequences:
         longest[tuple(s.prompt)] = max(length(s), longest.get(tuple(s.prompt), 0))
-    order = lambda s: (-longest[tuple(s.prompt)], tuple(s.prompt), -length(s))
-    batches, widest = [], 0
-    for s in sorted(sequences, key=order):
-        widest = max(widest, length(s))
-        if batches and (len(batches[-1]) + 1) * widest <= limits.micro_batch_tokens:
+    batches, computed, widest = [], 0, 0
+    for s in sorted(sequences, key=lambda s: (-longest[tuple(s.prompt)], tuple(s.prompt), -length(s))):
+        shares = batches and batches[-1][-1].prompt == s.prompt
+        more, widest = length(s) - len(s.prompt) * bool(shares), max(widest, length(s))
+        places = widest * (len(batches[-1]) + 1) if batches else 0
+        cost = (1 - limits.place_share) * (computed + more) + limits.place_share * places
+        if batches and cost <= limits.micro_batch_tokens:
             batches[-1].append(s)
+            computed += more
         else:
             batches.append([s])
-            widest = length(s)
+            computed = widest = length(s)
     return batches
 
 
@@ -1096,6 +1100,7 @@ class Limits:
     micro_batch_tokens: int  # see micro_batches
     recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
     layers: int
+    place_share: float = 0.1  # of the bytes kept for a token alone, those kept for its place in a padded row
 
     def shrink(self, phase: Literal["rollout", "update"], longest: int) -> str | None:
         """Halve what `phase` computes at a time, and say it in words; None if nothing is left to halve.
@@ -1139,12 +1144,12 @@ class MemoryPlan:
     kv_cache_bytes: int = part("KV cache", update=False)
     logits_or_prefill: int = part("logits or prefill", update=False)
     engine_stays: int = part("vLLM: weights and KV cache", rollout=False)  # on a CPU
-    gradients: int = part("gradients, float32", rollout=False)
+    gradients: int = part("gradients, float32", rollout=False)  # 0 with a single micro-batch
     activations: int = part("activations", rollout=False)
     head: int = part("  with them: the head, a chunk of logits at a time", rollout=False)
     layer: int = part("  or with them: backward through a layer", rollout=False)
-    embedding: int = part("or instead: the embedding's gradient", rollout=False)
-    optimizer_step: int = part("or instead: the optimizer's step", rollout=False)
+    embedding: int = part("or instead: other gradients, the embedding's twice", rollout=False)
+    optimizer_step: int = part("or instead: other gradients, the optimizer's step", rollout=False)
 
     @property
     def rollout_peak_bytes(self) -> int:
@@ -1227,53 +1232,76 @@ def plan(
         # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
         waiting = rows < max(episodes, evaluated)
         kv_cache = rows * (episode + (max_new_tokens // 2 if waiting else 0)) * kv_token
-        # Logits are turned into tokens in blocks of 2**20 on a CPU, 2**24 on a GPU, twice in float32 (three
-        # times while half precision is cast); the sums over 128 tokens are in float64 too. When rows leave,
-        # one buffer of the cache is copied. An evaluation's prompts have one row each.
-        choosing = 12 * min(rows * vocab, 2**24) + rows * vocab // 8
-        prefill = min(rows, PREFILLED) * prompt_tokens * (kv_token + 3 * byte * inner)
+        # Logits become tokens in blocks, twice in float32. When rows leave, a buffer of the cache is copied.
+        # A first prefill comes before the cache. An evaluation's prompts have one row each.
+        choosing = 8 * min(rows * vocab, max(vocab, LOGITS_AT_ONCE.get(device, 2**24)))
+        asked = max(prompts, evaluated)
+        beside = 3 * byte * inner if waiting or asked > PREFILLED else 0
+        prefill = min(rows, PREFILLED, asked) * prompt_tokens * (kv_token + beside)
         decoding = rows * vocab * byte + choosing + kv_cache // (2 * layers)
         return {"kv_cache_bytes": kv_cache, "logits_or_prefill": max(decoding, prefill)}
 
+    norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
+    token = 2 * norm + byte * (queries + 4 * inner)  # bytes that a layer keeps for a computed token
+    if any("q_norm" in name for name, _ in model.named_parameters()):  # Qwen3 normalises these as well
+        token += (4 + byte) * (queries + keys)
+    # ... and for a place in the padded rows. CUDA's kernel for float32 wants keys for each query head.
+    place = 2 * byte * (queries + (queries if device == "cuda" and byte == 4 else keys)) + 4 * heads
+    read = max_new_tokens - 1  # an answer's last token is predicted, but not read
+
+    def place_share(recomputed: int) -> float:
+        kept = layers - recomputed or 1
+        return kept * place / (kept * (token + place) + recomputed * byte * wide)
+
+    def filled(rows: int) -> tuple[int, int]:
+        """(computed tokens, places) of a micro-batch of so many of the longest answers"""
+        return math.ceil(rows / group_size) * prompt_tokens + rows * read, rows * (prompt_tokens + read)
+
+    def cost(rows: int, recomputed: int) -> float:
+        share, (computed, places) = place_share(recomputed), filled(rows)
+        return (1 - share) * computed + share * places
+
     def update(tokens: int, recomputed: int) -> dict[str, int]:
-        padded = max(tokens, episode)  # a longer episode is a micro-batch of its own
-        counted = int(padded * top_entropy)
-        norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
-        kept = 2 * norm + byte * (3 * queries + 2 * keys + 4 * inner) + 4 * heads
-        if any("q_norm" in name for name, _ in model.named_parameters()):  # Qwen3 normalises these as well
-            kept += (4 + byte) * (queries + keys)
-        again = kept if recomputed == layers else 0
+        rows = next((r for r in range(episodes, 1, -1) if cost(r, recomputed) <= tokens), 1)
+        alone = rows == episodes  # then gradients come as activations go, the head's first
+        more = 1 if alone else max(1, tokens / cost(rows, recomputed))
+        computed, places = (int(more * x) for x in filled(rows))
+        counted, kept = int(more * rows * max_new_tokens * top_entropy), layers - recomputed
+        again = computed * token + places * place if recomputed == layers else 0
         weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
         largest_state = optimizer * max(owned) // sum(owned)  # one parameter's
+        head_gradient, others = (4 * vocab * wide, 4 * parameters) if alone else (0, 0)
+        workspace = min(HEAD_WORKSPACE, 8 * vocab * counted)  # forward; six or four of the eight in backward
         return {
-            "gradients": 4 * parameters,
-            "activations": padded * ((layers - recomputed) * kept + recomputed * byte * wide),
-            "head": min(HEAD_WORKSPACE, 8 * vocab * counted) + padded * norm + 2 * counted * byte * wide,
-            "layer": padded * (again + 2 * byte * wide)
-                     + max(padded * 2 * byte, wide * weight_gradient) * inner,
-            "embedding": vocab * wide * weight_gradient,  # dense
+            "gradients": 4 * parameters - others,
+            "activations": computed * (kept * token + recomputed * byte * wide) + places * kept * place,
+            "head": max(workspace, workspace * (6 if byte < 4 else 4) // 8 + head_gradient)
+                    + computed * norm + 2 * counted * byte * wide,
+            # Without a kernel of its own, an activation function's backward takes four, not two, of `inner`.
+            "layer": again + computed * 2 * byte * wide + head_gradient
+                     + max(computed * 4 * byte, wide * weight_gradient) * inner,
+            "embedding": others + vocab * wide * weight_gradient,  # dense
             # A slice is updated at a time; with offload, one parameter's state is on a visit.
-            "optimizer_step": 16 * OPTIMIZER_SLICE + largest_state * offload_optimizer,
+            "optimizer_step": others + 16 * OPTIMIZER_SLICE + largest_state * offload_optimizer,
         }
 
     def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
-        return MemoryPlan(Limits(rows, tokens, recomputed, layers), parameters, memory_budget_bytes,
-                          resting * (device != "cpu"), **held, **rollout(rows),
-                          **(update(tokens, recomputed) if training else {}))
+        limits = Limits(rows, tokens, recomputed, layers, place_share(recomputed))
+        return MemoryPlan(limits, parameters, memory_budget_bytes, resting * (device != "cpu"), **held,
+                          **rollout(rows), **(update(tokens, recomputed) if training else {}))
 
     def work(p: MemoryPlan) -> float:
         # A token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
         # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
         return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
 
-    most = max(episode, min(2**15, episodes * episode))
-    tokens = [micro_batch_tokens or episode]
-    if not micro_batch_tokens:
-        tokens += [*(2**i for i in range(6, 16) if episode < 2**i < most), most]
     again = range(layers, -1, -1) if recomputed_layers is None else [recomputed_layers]
     counts = [max_rows] if max_rows else range(episodes, 0, -1)
-    rows = next((r for r in counts if planned(r, tokens[0], again[0]).fits), counts[-1])
-    plans = [planned(rows, t, k) for t in tokens for k in again]
+    powers = sorted({*(2**i for i in range(15) if 2**i < episodes), episodes})
+    sizes_of = lambda k: [micro_batch_tokens] if micro_batch_tokens else [
+        math.ceil(cost(r, k)) for r in powers if r == 1 or cost(r, k) <= 2**15]
+    rows = next((r for r in counts if planned(r, sizes_of(again[0])[0], again[0]).fits), counts[-1])
+    plans = [planned(rows, t, k) for k in again for t in sizes_of(k)]
     fitting = [p for p in plans if p.update_peak_bytes <= memory_budget_bytes]
     best = min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
     if best.fits:
