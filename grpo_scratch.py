@@ -909,10 +909,10 @@ def open_run(config: Config) -> Run | None:
     checkpoint = config.resume and data.find_checkpoint(config.resume, config.output_dir, config.name)
     named = Path(config.output_dir, config.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     run.folder = memory.gather(lambda: [checkpoint.parent if checkpoint else named])[0]
-    if writes:
-        data.refuse_folder(run.folder, new=not config.resume)
     state, model = checkpoint and data.load_state(checkpoint), str(checkpoint or config.model)
     model_config, tokenizer = read_inputs(run, model)
+    if writes:
+        data.refuse_folder(run.folder, new=not config.resume)
     plan = make_plan(run, model_config, state)
     if config.plan_only:
         return None
