@@ -629,12 +629,15 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
     later (checkpoints, `best/`) belongs to the course that was left, and is renamed."""
     if not first_rank():
         return []
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder.parent}: can't write {folder}: {brief(error)}") from error
     for old in folder.glob(".*.old"):  # the run was killed while it replaced or removed a folder
         if old.name in (".best.old", ".final.old") and not (folder / old.name[1:-4]).exists():
             old.rename(folder / old.name[1:-4])
         shutil.rmtree(old, ignore_errors=True)
-    write_json(folder / "config.json", config)
     later_ones = [c for c in checkpoints(folder) if int(step_of(c)) > step]
     for later in later_ones + [folder / "best"] * (best_evaluation(folder)["step"] > step):
         aside = later.rename(folder / f"left-{later.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -993,6 +996,9 @@ def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
         "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
         "above 0 or a higher --temperature, from the start, usually help":
             (20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3 and not is_cut(m)),
+        "scoring takes more than a fifth of each step; a reward that is called once for all answers, "
+        "(completions, **columns) -> list[float], can score them together or in a pool of processes":
+            (3, lambda m: m.get("scoring_seconds", 0) > m["seconds"] / 5),
     }
     for message, (steps, shows) in troubles.items():
         if message not in warned and len(metrics) >= steps and all(map(shows, metrics[-steps:])):

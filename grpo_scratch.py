@@ -950,12 +950,12 @@ def meet_ranks(config: Config) -> str:
 
 
 @contextmanager
-def told_as_input(what: str, advice: str = "") -> Iterator[None]:
+def told_as_input(what: str) -> Iterator[None]:
     """Turn what memory.py and rewards.py refuse within it into an InputError about `what`."""
     try:
         yield
     except ValueError as error:
-        raise InputError(f"{what}: {error}{advice}") from error
+        raise InputError(f"{what}: {error}") from error
 
 
 def read_inputs(run: Run, model: str) -> tuple:
@@ -969,7 +969,7 @@ def read_inputs(run: Run, model: str) -> tuple:
         if not config.reward:
             config.refuse("reward", "name at least one")
         run.rewards, one = rewards.load_rewards(config.reward, warn), loaded[0][:1]
-        with told_as_input(f"--task {config.task}", "; give a --reward that suits its rows"):
+        with told_as_input(f"--task {config.task}"):
             rewards.check_rows(run.rewards, loaded[0] + loaded[1])
             rewards.score_batch(run.rewards, [one[0]["prompt"]], ["<answer>1</answer>"], one, [[1]])
     model_config, tokenizer = data.load_config(model, trust_remote_code=config.trust_remote_code)
@@ -1143,7 +1143,8 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
         "peak_memory_bytes": memory.peak_memory(run.device), "evaluations": run.evaluations, "best": best,
         "stopped_by": stopped_by,
     }
-    data.write_json(run.folder / "summary.json", summary)
+    with data.only_warned("summary.json can't be written", OSError):
+        data.write_json(run.folder / "summary.json", summary)
     if done:
         say(data.side_by_side(run.before["shown"], after["shown"]))
         say(data.report(summary, run.config.eval_samples, run.folder))
@@ -1286,6 +1287,10 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
     if "resume" in given and (checkpoint := data.find_checkpoint(
             given["resume"], given.get("output_dir", Config.output_dir), given.get("name"))):
         given["resume"], saved = str(checkpoint), data.load_state(checkpoint)["config"]
+        for name, unused in (("reward_model", None), ("recomputed_layers", None), ("max_bad_steps", 5)):
+            if saved.get(name, unused) != unused:
+                raise InputError(f"--resume {checkpoint}: it used --{name.replace('_', '-')}, which is no "
+                                 "setting any more; go on with the version that made it")
         changed = [f"--{n.replace('_', '-')} was {saved[n]}, not {given[n]}" for n in given
                    if n in saved and n not in {*MAY_CHANGE, *modes} and given[n] != saved[n]]
         if changed:

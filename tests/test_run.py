@@ -484,7 +484,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, monkeypatch):
 
     def save(policy, state, folder, keep):
         if state["step"] == 3:  # as if a kill had come while an old one was being removed
-            (folder / ".removed.old" / "half").mkdir(parents=True)
+            (folder / ".checkpoint.old" / "half").mkdir(parents=True)
         real(policy, state, folder, keep)
 
     monkeypatch.setattr(data, "save_checkpoint", save)
@@ -866,7 +866,7 @@ def test_numbers_that_go_wrong_stop_the_run_with_its_last_good_state(tmp_path, c
 
 
 def test_trouble_is_told_once(capsys):
-    warned, stuck = set(), {"groups_without_spread": 1.0, "entropy": 0.0}
+    warned, stuck = set(), {"groups_without_spread": 1.0, "entropy": 0.0, "seconds": 1.0}
     # Of answers that are all cut short it is no news that they are alike.
     for truncated, told in ((1.0, ["length limit"]), (0.1, ["no spread", "entropy is nearly zero"])):
         for n in range(1, 60):
@@ -1150,3 +1150,114 @@ def test_a_question_takes_the_users_turn_of_every_prompt_format(name):
         assert [m["role"] for m in prompt] == [m["role"] for m in usual]
         for mine, other in zip(prompt, usual):
             assert mine["content"] == ("what is it?" if mine["role"] == "user" else other["content"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a call does instead of a new run
+
+
+def test_a_run_is_evaluated_planned_and_asked_by_its_checkpoint_and_nothing_is_written(
+    tmp_path, own_task, monkeypatch, capsys
+):
+    config = quick(tmp_path, steps=2, save_every=1, learning_rate=1e-2, eval_every=1, **own_task)
+    summary = g.train(config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    resume = ["--resume", str(tmp_path / "run"), "--device", "cpu"]
+    found = g.train(g.parse_command_line([*resume, "--eval-only", "--reward", *own_task["reward"]]))
+    assert found["reward"] == summary["reward_after"] != summary["reward_before"]
+    capsys.readouterr()
+    assert g.train(g.parse_command_line([*resume, "--plan-only"])) == {"recipe": "tiny"}
+    assert "peak" in capsys.readouterr().out
+    out, _, code = ask(monkeypatch, capsys, *resume[:2], "--ask", "Write 3 a's:")
+    asked = ask(monkeypatch, capsys, "--model", str(tmp_path / "run" / "final"), "--ask", "Write 3 a's:")
+    assert code == 0 and out and out == asked[0]  # the last checkpoint has the final weights
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert not {"resume", "ask", "eval_only", "plan_only"} & settings.keys()
+
+
+def test_a_checkpoint_that_used_a_setting_which_has_left_is_refused_by_its_name(tmp_path):
+    g.train(quick(tmp_path, steps=1, save_every=1))
+    path = tmp_path / "run" / "checkpoint-1" / data.STATE
+    state = torch.load(path, weights_only=True)
+    older = {"reward_model": None, "reward_model_weight": 1.0, "max_bad_steps": 5, "recomputed_layers": None,
+             "list_recipes": False, "plan_only": False, "ask": None, "eval_only": False, "resume": None}
+    limits = {"reward_rows": 16, "planned": {}, "quiet_steps": 3}
+    state |= {"config": state["config"] | older, "limits": state["limits"] | limits, "inputs": {"x": "y"}}
+    torch.save(state, path)
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "2"]
+    assert g.train(g.parse_command_line(resume))["steps"] == 2
+    torch.save({**state, "config": state["config"] | {"reward_model": "judge"}}, path)
+    with pytest.raises(g.InputError, match="it used --reward-model, which is no setting any more"):
+        g.parse_command_line(["--resume", str(path.parents[1])])
+
+
+def test_a_signal_in_the_last_evaluation_is_the_exit_code_of_a_run_that_is_whole(tmp_path, monkeypatch):
+    real, calls = g.evaluate, []
+
+    def evaluate(run):
+        calls.append(run.step)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(run)
+
+    monkeypatch.setattr(g, "evaluate", evaluate)
+    monkeypatch.setattr(g, "parse_command_line", lambda: quick(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        g.main()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert stop.value.code == 130 and calls == [0, 2]
+    assert summary["accuracy_after"] is not None and (tmp_path / "run" / "final").exists()
+
+
+def test_a_slow_reward_is_told_and_timed(tmp_path, own_task, capsys):
+    (tmp_path / "slow.py").write_text("import time\ndef slow(completions, **kwargs):\n    time.sleep(0.3)\n"
+                                      "    return [len(x) % 3 for x in completions]\n")
+    g.train(quick(tmp_path, steps=4, task=own_task["task"], reward=[f"{tmp_path}/slow.py:slow"]))
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(0.3 <= m["scoring_seconds"] < m["seconds"] for m in metrics)
+    tokens = 12 * metrics[0]["completion_length"]
+    assert tokens / metrics[0]["sampling_tokens_per_second"] < metrics[0]["seconds"] - 0.3
+    assert capsys.readouterr().err.count("scoring takes more than a fifth") == 1
+
+
+def test_an_nvidia_driver_without_a_torch_for_it_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    for version, told in ((None, 1), ("13.0", 0)):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        g.train(quick(tmp_path, plan_only=True))
+        assert capsys.readouterr().err.count("this torch has no CUDA") == told
+
+
+def test_two_steps_need_nothing_that_windows_lacks(tmp_path):
+    """Names that only POSIX has are hidden before anything is imported, and folders can't be opened."""
+    program = f'''
+import os, sys
+import torch, transformers, datasets, bitsandbytes  # libraries have their own ways
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("uname", "sysconf", "getuid", "sched_getaffinity"):
+    delattr(os, name)
+real_open, real_rename = os.open, os.rename
+def no_folders(path, *args, **kwargs):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return real_open(path, *args, **kwargs)
+def onto_nothing(source, target, **kwargs):
+    if os.path.exists(target):
+        raise FileExistsError(17, "File exists", target)
+    return real_rename(source, target, **kwargs)
+os.open, os.rename = no_folders, onto_nothing
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import grpo_scratch as g
+settings = dict(steps=2, cold_start_steps=0, prompts_per_step=3, group_size=4, max_new_tokens=10,
+                eval_examples=4, output_dir={str(tmp_path)!r}, name="run", device="cpu", save_every=1,
+                keep_checkpoints=1, eval_every=1)
+print(g.train(g.make_config("tiny", **settings))["steps"])
+print(g.train(g.make_config("tiny", **settings | dict(steps=3, resume={str(tmp_path / "run")!r})))["steps"])
+'''
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line in ("2", "3")] == ["2", "3"]
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"checkpoint-3", "final", "summary.json"} <= names and not any(":" in name for name in names)
