@@ -749,12 +749,13 @@ def test_countdown_format_agrees_with_the_regular_expressions_of_its_rule(comple
 
 @few
 @given(TAGGED)
-def test_countdown_strict_format_agrees_with_the_regular_expression_of_its_rule(completion):
-    rule = r"<think>((?:(?!</?think>).)*)</think>\n<answer>(.*)</answer>"
-    match = re.fullmatch(rule, "<think>" + completion, re.DOTALL)
+def test_countdown_strict_format_agrees_with_splitting_at_the_turn(completion):
+    reasoning, turn, rest = completion.partition("</think>\n<answer>")
     expected = 0.0
-    if match:
-        expected = 1.0 if re.fullmatch(r"\s*[0-9+*/().-][0-9+*/().\s-]*", match[2]) else 0.5
+    if turn and rest.endswith("</answer>") and "<think>" not in reasoning and "</think>" not in reasoning:
+        answer = rest.removesuffix("</answer>")
+        plain = all(x in "0123456789+-*/()." or x.isspace() for x in answer)
+        expected = 1.0 if plain and answer.strip() else 0.5
     assert rewards.countdown_strict_format(completion, {}) == expected
 
 
@@ -797,7 +798,7 @@ def python_value(expression):
 @few
 @given(EXPRESSIONS, st.integers(-3, 3))
 def test_countdown_equation_agrees_with_python_on_generated_expressions(expression, offset):
-    assume(len(expression) <= rewards.MAX_EXPRESSION_CHARS)
+    assume(len(expression) <= 200)
     value = python_value(expression)
     nums = [int(digits) for digits in re.findall("[0-9]+", expression)]
     target = offset + (0 if value is None else round(value))
@@ -1040,12 +1041,12 @@ def rows(*examples):
 @pytest.mark.parametrize(("spec", "bad", "told"), [
     ("gsm8k_last_number", {"answer": None}, "None is no number"),
     ("gsm8k_last_number", {"answer": "words"}, "'words' is no number"),
-    ("gsm8k_last_number", {"solution": "7"}, "KeyError: 'answer'"),
+    ("gsm8k_last_number", {"solution": "7"}, "KeyError('answer')"),
     ("gsm8k_answer", {"answer": None}, "None is no answer"),
     ("gsm8k_answer", {"answer": " "}, "' ' is no answer"),
-    ("gsm8k_answer", {"solution": "7"}, "KeyError: 'answer'"),
-    ("countdown_equation", {"nums": [1, 2]}, "KeyError: 'target'"),
-    ("countdown_equation", {"target": 3}, "KeyError: 'nums'"),
+    ("gsm8k_answer", {"solution": "7"}, "KeyError('answer')"),
+    ("countdown_equation", {"nums": [1, 2]}, "KeyError('target')"),
+    ("countdown_equation", {"target": 3}, "KeyError('nums')"),
     ("countdown_equation", {"nums": None, "target": 3}, "TypeError"),
     ("countdown_equation", {"nums": [1, "x"], "target": 3}, "'x' is no number"),
 ])
@@ -1056,8 +1057,9 @@ def test_a_row_that_a_reward_cannot_read_is_refused_before_the_run(spec, bad, to
     with pytest.raises(rewards.RewardError) as raised:
         rewards.check_rows(loaded, rows(*[good] * 36, bad, good))
     message = one_line(raised)
-    assert message.startswith(f"mine.csv, row 37: {spec} ") and told in message
-    with pytest.raises(rewards.RewardError, match="^row 2: "):
+    assert message.startswith(f"reward {spec!r} raised ") and "; mine.csv, row 37; " in message
+    assert told in message and f"columns: {', '.join(bad)};" in message
+    with pytest.raises(rewards.RewardError, match="; example 2; "):
         rewards.check_rows(loaded, [good, bad])
 
 
@@ -1122,6 +1124,7 @@ def test_bools_and_other_numbers_count_as_floats(result):
     assert scores(lambda completions: (result, 1)) == [float(result), 1.0]
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # torch's advice to the function
 def test_numbers_arrays_and_tensors_of_numpy_and_torch_count():
     numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
     for scalar in (numpy.float32(0.5), numpy.int64(3), numpy.bool_(True), numpy.array(0.25),
@@ -1167,28 +1170,26 @@ def test_a_reward_that_raises_is_named_with_its_error_and_the_shortened_answer()
     def broken(completion, example):
         return 1 / (len(completion) - 2)
 
-    error = refused(broken, "raised ZeroDivisionError: division by zero", "'bb'", "columns: target, question",
-                    examples=[{"target": 24, "question": "why? " * 10_000}] * 2)
+    error = refused(broken, "raised ZeroDivisionError('division by zero')", "; answer: 'bb'",
+                    "columns: target, question", examples=[{"target": 24, "question": "why? " * 10_000}] * 2)
     assert isinstance(error.__cause__, ZeroDivisionError) and isinstance(error, ValueError)
     refused(lambda completion, example: completion.nothing, "AttributeError", "'" + "x" * 100,
             completions=["x" * 10_000])
-    refused(lambda completion, example: example["two\nlines"], "KeyError: 'two\\nlines'")
+    refused(lambda completion, example: example["two\nlines"], "KeyError('two\\nlines')")
 
 
-def test_a_batched_reward_that_raises_on_one_answer_names_that_one():
+def test_a_batched_reward_that_raises_is_told_with_the_first_answer_and_one_that_stops_with_its_own():
     def broken(completions, prompts, answer, completion_ids):
         assert len(completions) == len(prompts) == len(answer) == len(completion_ids)
         return [1 / (len(text) - 2) for text in completions]
 
-    refused(broken, "raised ZeroDivisionError", "answer: 'bb'", completions=["a", "bbb", "bb", "c"],
-            examples=[{"answer": i} for i in range(4)], completion_ids=[[1], [2], [3], [4]])
+    def one_by_one(completions):
+        return (1 / (len(text) - 2) for text in completions)
 
-
-def test_a_batched_reward_that_only_fails_on_the_whole_batch_is_told_too():
-    def broken(completions):
-        raise MemoryError(f"no room for {len(completions)}")
-
-    refused(lambda completions: broken(completions) if len(completions) > 1 else [1.0], "no room for 2")
+    batch = {"completions": ["a", "bbb", "bb", "c"], "completion_ids": [[1], [2], [3], [4]],
+             "examples": [{"answer": i} for i in range(4)]}
+    refused(broken, "raised ZeroDivisionError", "; example 1; ", "; first answer: 'a'", **batch)
+    refused(one_by_one, "raised ZeroDivisionError", "; example 3; ", "; answer: 'bb'", **batch)
 
 
 @pytest.mark.parametrize("leave", [sys.exit, lambda: sys.exit("bye"), lambda: sys.exit(0)])
@@ -1199,8 +1200,12 @@ def test_a_reward_that_exits_does_not_end_the_run_without_a_word(leave):
 
     refused(lambda completion, example: leave(), "raised SystemExit", "'a'")
     refused(lambda completions: leave(), "raised SystemExit")
+    async def after(completions):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
     refused(later, "raised SystemExit")
-    assert scores(lambda completion, example: 1.0) == [1.0, 1.0]
+    assert scores(lambda completion, example: 1.0) == scores(after) == [1.0, 1.0]
 
 
 def test_an_interrupt_is_not_swallowed():
@@ -1213,7 +1218,7 @@ def test_an_interrupt_is_not_swallowed():
 
 
 def test_a_built_in_reward_without_its_column_is_an_error():
-    told = "'countdown_equation' raised KeyError: 'target'; .*columns: answer"
+    told = r"'countdown_equation' raised KeyError\('target'\); .*columns: answer"
     with pytest.raises(rewards.RewardError, match=told):
         rewards.score_batch(rewards.load_rewards(["countdown_equation"]), ["p"], [RIGHT], [{"answer": "24"}])
 
@@ -1303,7 +1308,7 @@ def test_async_functions_are_awaited_on_one_loop_even_where_one_runs():
     for _ in range(2):
         assert scores(batched) == scores(single) == [1.0, 2.0]
         assert asyncio.run(notebook()) == ([1.0, 2.0], [1.0, 2.0])
-        refused(broken, "raised ZeroDivisionError", "'bb'")
+        refused(broken, "raised ZeroDivisionError")
 
 
 class Judge:
@@ -1422,14 +1427,14 @@ def test_functions_and_objects_of_a_file_are_rewards(reward_file, monkeypatch):
     assert total == 2.0
 
 
-def test_a_file_is_run_once_a_call_and_again_when_it_has_changed(tmp_path):
+def test_a_file_is_run_once(tmp_path):
     path = tmp_path / "counted.py"
     path.write_text("runs = []\nruns.append(1)\ndef f(completion, example):\n    return 1\n"
                     "def g(completion, example):\n    f.seen = True\n    return hasattr(f, 'seen')\n")
     loaded = rewards.load_rewards([f"{path}:f", f"{path}:g:2"])
     assert loaded["counted.f"][0].__globals__ is loaded["counted.g"][0].__globals__
-    path.write_text("def f(completion, example):\n    return 2.25\n")
-    assert parts([f"{path}:f"]) == {"counted.f": 2.25}
+    assert rewards.load_rewards([f"{path}:g"])["counted.g"][0] is loaded["counted.g"][0]
+    assert loaded["counted.f"][0].__globals__["runs"] == [1]
 
 
 def test_functions_of_a_package_and_of_a_module_in_the_current_folder_are_rewards(tmp_path, monkeypatch):
@@ -1475,7 +1480,7 @@ def test_a_name_of_the_rewards_comes_first(tmp_path, monkeypatch):
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_names():
     for spec in ("countdwn_equation", "countdwn_equation:2"):
         message = refusal("countdown_format", spec)
-        assert repr(spec) in message and "did you mean countdown_equation?" in message
+        assert repr(spec) in message and "(did you mean 'countdown_equation'?)" in message
         assert all(name in message for name in rewards.REWARDS)
         assert "path/to/file.py:function" in message and "package.module:function" in message
     assert "did you mean" not in refusal("zzz") and "'mymodule:2'" in refusal("mymodule:2")
@@ -1506,30 +1511,32 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_a_missing_module_or_function_is_refused(reward_file):
     assert "No module named 'no_such_package'" in refusal("no_such_package.rewards:f")
-    assert "python -c 'import no_such_package.rewards'" in refusal("no_such_package.rewards:f")
     message = refusal(f"{reward_file}:brevty")
-    assert repr(str(reward_file)) in message and "has no attribute 'brevty'" in message
+    assert repr(str(reward_file)) in message and "has no 'brevty'" in message
+    assert message.endswith(f"; functions: {reward_file}:brevity, {reward_file}:shouting")
+    reward_file.with_name("empty.py").write_text("")
+    assert "; functions: none" in refusal(f"{reward_file.with_name('empty.py')}:f")
 
 
 @pytest.mark.parametrize(("source", "problem"), [
     ("def broken(:\n", "SyntaxError"),
-    ("import no_such_module_anywhere\n", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
-    ("1 / 0\n", "ZeroDivisionError: division by zero"),
-    ("raise ValueError('two\\nlines')\n", "ValueError: two lines"),
-    ("raise SystemExit(3)\n", "SystemExit: 3"),
-    ("import sys; sys.exit('bye')\n", "SystemExit: bye"),
+    ("import no_such_module_anywhere\n", "No module named 'no_such_module_anywhere'"),
+    ("1 / 0\n", "ZeroDivisionError('division by zero')"),
+    ("raise ValueError('two\\nlines')\n", "ValueError('two\\nlines')"),
+    ("raise SystemExit(3)\n", "SystemExit(3)"),
+    ("import sys; sys.exit('bye')\n", "SystemExit('bye')"),
     ("\x00", ""),
 ])
 def test_a_file_that_fails_to_import_is_refused_with_its_error(source, problem, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text(source)
     message = refusal(f"{path}:brevity")
-    assert repr(str(path)) in message and problem in message and f"make it run: python {path}" in message
+    assert repr(str(path)) in message and problem in message and "run it alone" in message
     assert "broken" not in sys.modules
 
 
 def test_something_not_callable_fails_at_the_first_answer(reward_file):
-    with pytest.raises(rewards.RewardError, match="'my_rewards.SCALE' raised TypeError: 10 is not"):
+    with pytest.raises(rewards.RewardError, match=r"'my_rewards.SCALE' raised TypeError\('10 is not"):
         parts([f"{reward_file}:SCALE"])
 
 
@@ -1571,7 +1578,7 @@ def test_a_file_with_the_name_of_another_module_leaves_that_in_its_place(tmp_pat
     import json
     specs = [f"{folder}/{name}.py:f" for name in ("json", "rewards", "this")]
     assert parts(specs, warn=told.append) == {"json.f": 1, "rewards.f": 2, "this.f": 3}
-    assert "module 'time' has no attribute 'f'" in refusal(f"{folder}/time.py:f")
+    assert "<module 'time' (built-in)> has no 'f'" in refusal(f"{folder}/time.py:f")
     assert sys.modules["json"] is json and sys.modules["rewards"] is rewards and sys.modules["time"] is time
     assert ["rename" in line for line in told] == [True] * len(told)
     assert [name in "".join(told) for name in ("json", "rewards", "this")] == [True] * 3
