@@ -566,7 +566,7 @@ def test_a_best_model_that_cannot_be_saved_costs_nothing_else(tmp_path, monkeypa
 
 @pytest.mark.parametrize("reward", ["countdown_equation", "gsm8k_answer", "gsm8k_last_number"])
 def test_a_reward_of_another_task_is_refused_before_any_weights_are_read(tmp_path, own_task, reward):
-    with pytest.raises(g.InputError, match=f"task.jsonl, line .: {reward} can't score it .KeyError"):
+    with pytest.raises(g.InputError, match=f"task.jsonl: reward '{reward}' raised KeyError"):
         g.train(quick(tmp_path, task=own_task["task"], reward=["reasoning_tags", reward], model="missing"))
     assert not (tmp_path / "run").exists()
 
