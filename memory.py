@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,9 +66,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, rows, into_weight_grad):
-        logprobs, entropies, logsumexps = (
-            hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3)
-        )
+        logprobs, entropies, logsumexps = (hidden.new_empty(len(hidden)).float() for _ in range(3))
         for i in range(0, len(hidden), rows):
             chunk = slice(i, i + rows)
             z = (hidden[chunk] @ weight.T).float().div_(temperature)
@@ -91,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _):
         hidden, weight, targets, logsumexps = ctx.saved_tensors
         temperature, rows, into_weight_grad = ctx.options
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = weight.grad if into_weight_grad else None
         if ctx.needs_input_grad[1] and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -103,8 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
             z.sub_(logsumexps[chunk, None]).exp_().mul_(-g).scatter_add_(-1, targets[chunk, None], g)
             grad_logits = z.to(weight.dtype)
             del z
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ weight
+            grad_hidden[chunk] = grad_logits @ weight
             if ctx.needs_input_grad[1]:
                 _add_product(grad_weight, grad_logits, hidden[chunk])
             del grad_logits
@@ -452,19 +449,16 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
     longest: dict[tuple, int] = {}  # of the sequences that share a prompt
     for s in sequences:
         longest[tuple(s.prompt)] = max(length(s), longest.get(tuple(s.prompt), 0))
-    batches, computed, widest = [], 0, 0
+    batches, computed, widest = [[]], 0, 0
     for s in sorted(sequences, key=lambda s: (-longest[tuple(s.prompt)], tuple(s.prompt), -length(s))):
-        shares = batches and batches[-1][-1].prompt == s.prompt
-        more, widest = length(s) - len(s.prompt) * bool(shares), max(widest, length(s))
-        places = widest * (len(batches[-1]) + 1) if batches else 0
-        cost = (1 - limits.place_share) * (computed + more) + limits.place_share * places
-        if batches and cost <= limits.micro_batch_tokens:
-            batches[-1].append(s)
-            computed += more
-        else:
-            batches.append([s])
+        shared = len(s.prompt) if batches[-1] and batches[-1][-1].prompt == s.prompt else 0
+        computed, widest = computed + length(s) - shared, max(widest, length(s))
+        places = widest * (len(batches[-1]) + 1)
+        if batches[-1] and computed + limits.place_share * (places - computed) > limits.micro_batch_tokens:
+            batches.append([])
             computed = widest = length(s)
-    return batches
+        batches[-1].append(s)
+    return batches if sequences else []
 
 
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
@@ -796,25 +790,20 @@ class RowCache(transformers.Cache):
         self.column -= columns
 
 
+def cache_name(model) -> str:
+    """The keyword by which the model takes its cache: transformers warns of the older one from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def prefill(model, prompts: list[list[int]], pad_token_id: int):
     """One pass over the prompts, padded on the left: (cache, visible[rows, columns], logits[rows, V])."""
-    padding = [max(map(len, prompts)) - len(p) for p in prompts]
-    ids, visible = on_device([
-        torch.tensor([[pad_token_id] * n + p for n, p in zip(padding, prompts)]),
-        torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)]),
-    ], model.device)
-    cache = transformers.DynamicCache()
-    logits = model(
-        ids, attention_mask=visible, position_ids=(visible.cumsum(1) - 1).clamp(min=0), use_cache=True,
-        logits_to_keep=1, **{cache_argument(type(model)): cache},
-    ).logits[:, -1]
-    return cache, visible.bool(), logits
-
-
-@lru_cache
-def cache_argument(model_class: type) -> str:
-    """The name by which a model takes its cache: transformers 5.24 and later warn of the older one."""
-    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+    padding, cache = [max(map(len, prompts)) - len(p) for p in prompts], transformers.DynamicCache()
+    ids, visible = on_device([torch.tensor([[pad_token_id] * n + p for n, p in zip(padding, prompts)]),
+                              torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts)])],
+                             model.device)
+    output = model(ids, attention_mask=visible, position_ids=(visible.cumsum(1) - 1).clamp(min=0),
+                   use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
+    return cache, visible.bool(), output.logits[:, -1]
 
 
 # Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, more on a GPU.
@@ -881,7 +870,7 @@ def sample(
     spare = max_new_tokens // 2 if rows < total else 0
     # In whole eights, by which CUDA's attention kernels want a mask's rows to be apart.
     cache = RowCache(rows, math.ceil((longest + max_new_tokens + spare) / 8) * 8)
-    cache.column = longest
+    cache.column, as_cache = longest, {cache_name(model): cache}
     blocked = torch.finfo(model.dtype).min
     mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
     stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
@@ -973,10 +962,8 @@ def sample(
                 close_gaps(going)
         live = slice(cache.live)
         mask[live, cache.column] = 0
-        logits = model(
-            token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
-            position_ids=position[live, None], use_cache=True, **{cache_argument(type(model)): cache},
-        ).logits
+        logits = model(token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
+                       position_ids=position[live, None], use_cache=True, **as_cache).logits
         cache.column += 1
         position += ~done  # a finished row's would run past the context
         record(live, logits[:, -1])
@@ -1173,10 +1160,10 @@ class MemoryPlan:
                  ("budget", self.memory_budget_bytes, self.memory_budget_bytes),
                  ("in host memory: reference and optimizer", self.host_bytes, self.host_bytes)]
         cell = lambda x: f"{x / 1e9:8.2f}" if x else f"{'-':>8}"
-        told = (f"{self.limits.max_rows} rows, micro-batches of {self.limits.micro_batch_tokens} tokens, "
-                f"{self.limits.recomputed_layers} of {self.limits.layers} layers computed again")
-        return "\n".join([f"{'GB':<52}  rollout   update", *(f"{name:<52} {cell(x)} {cell(y)}"
-                                                             for name, x, y in rows), told])
+        lines = [f"{name:<52} {cell(rollout)} {cell(update)}" for name, rollout, update in rows]
+        limits = ("{max_rows} rows, micro-batches of {micro_batch_tokens} tokens, {recomputed_layers} of {layers}"
+                  " layers computed again").format(**vars(self.limits))
+        return "\n".join([f"{'GB':<52}  rollout   update", *lines, limits])
 
 
 def plan(
@@ -1186,16 +1173,14 @@ def plan(
     max_rows: int | None = None, training: bool = True, evaluated: int = 0, ranks: int = 1,
     trust_remote_code: bool = False, device: Literal["cpu", "cuda"] = "cuda", engine: bool = False,
 ) -> MemoryPlan:
-    """What full-parameter training of this model takes, with the fastest choices that fit the budget.
+    """What full-parameter training of a decoder built like Llama or Qwen takes, in a loop that uses all of
+    this file. micro_batch_tokens, recomputed_layers and max_rows are kept if given. Otherwise as many rows as
+    fit are taken, and the micro-batch and recomputation of least work. Raises DoesNotFit.
 
     The budget is for tensors: leave room beside it for CUDA's context and fragments. An evaluation samples
     `evaluated` answers. Without `training` only sampling is planned. With several `ranks`, the plan is for
     the rank that owns most of the optimizer's state; prompts, evaluated and budget are one rank's. With
-    `engine`, vLLM samples, with weights and a KV cache of its own. It needs only the config of a decoder
-    built like Llama or Qwen, and assumes a loop that uses all of this file.
-
-    micro_batch_tokens, recomputed_layers and max_rows are kept if given. Otherwise the plan takes as many
-    rows as fit, and the micro-batch and recomputation of least work. Raises DoesNotFit.
+    `engine`, vLLM samples, with weights and a KV cache of its own.
     """
     config = model_config.get_text_config()
     layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
@@ -1210,85 +1195,77 @@ def plan(
 
     owner = owners(sizes, ranks)
     owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
-    # Moments are a byte each and a float32 a block of 256; the library keeps small parameters' in float32.
-    # bf16 masters have lower halves of two bytes.
+    # Moments are a byte each and a float32 a block of 256; the library keeps small parameters' in float32. bf16
+    # masters have lower halves of two bytes.
     optimizer = training * sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n)
                                + (2 * n if byte == 2 else 0) for n in owned)
     # While the reference computes, the policy's weights are on the host too; on a CPU the gradients aren't.
     resting = byte * parameters * (1 if device == "cpu" else 2) * (training and reference)
     resting += optimizer * offload_optimizer
-    held = {"weights": byte * parameters, "optimizer": optimizer * (not offload_optimizer),
-            "resting": resting * (device == "cpu"), "engine_weights": byte * parameters * engine}
-
-    def rollout(rows: int) -> dict[str, int]:
-        kv_token = 2 * keys * byte * layers
-        if engine:
-            # Blocks are of 128 tokens on CPUs and of fewer on GPUs; one is vLLM's own. Logits, probabilities
-            # and exponential noise are in float32; a prefill is of 8,192 tokens by default.
-            kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
-            return {"kv_cache_bytes": kv_cache,
-                    "logits_or_prefill": max(12 * rows * vocab, 2**13 * 3 * byte * inner),
-                    "engine_stays": byte * parameters + kv_cache if device == "cpu" else 0}
-        # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
-        waiting = rows < max(episodes, evaluated)
-        kv_cache = rows * (episode + (max_new_tokens // 2 if waiting else 0)) * kv_token
-        # Logits become tokens in blocks, twice in float32. When rows leave, a buffer of the cache is copied.
-        # A first prefill comes before the cache. An evaluation's prompts have one row each.
-        choosing = 8 * min(rows * vocab, max(vocab, LOGITS_AT_ONCE.get(device, 2**24)))
-        asked = max(prompts, evaluated)
-        beside = 3 * byte * inner if waiting or asked > PREFILLED else 0
-        prefill = min(rows, PREFILLED, asked) * prompt_tokens * (kv_token + beside)
-        decoding = rows * vocab * byte + choosing + kv_cache // (2 * layers)
-        return {"kv_cache_bytes": kv_cache, "logits_or_prefill": max(decoding, prefill)}
-
+    kv_token = 2 * keys * byte * layers
     norm = (4 + 2 * byte) * wide  # keeps its input in float32, the same normalised, and its output
     token = 2 * norm + byte * (queries + 4 * inner)  # bytes that a layer keeps for a computed token
     if any("q_norm" in name for name, _ in model.named_parameters()):  # Qwen3 normalises these as well
         token += (4 + byte) * (queries + keys)
-    # ... and for a place in the padded rows. CUDA's kernel for float32 wants keys for each query head.
+    # And for a place in the padded rows. CUDA's kernel for float32 wants keys for each query head.
     place = 2 * byte * (queries + (queries if device == "cuda" and byte == 4 else keys)) + 4 * heads
+    weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
     read = max_new_tokens - 1  # an answer's last token is predicted, but not read
 
-    def place_share(recomputed: int) -> float:
-        kept = layers - recomputed or 1
-        return kept * place / (kept * (token + place) + recomputed * byte * wide)
+    def filled(rows: int, recomputed: int) -> tuple[float, float, int, int]:
+        """(place_share, cost, computed tokens, places) of a micro-batch of so many of the longest answers"""
+        computed = math.ceil(rows / group_size) * prompt_tokens + rows * read
+        places, kept = rows * (prompt_tokens + read), layers - recomputed or 1
+        share = kept * place / (kept * (token + place) + recomputed * byte * wide)
+        return share, computed + share * (places - computed), computed, places
 
-    def filled(rows: int) -> tuple[int, int]:
-        """(computed tokens, places) of a micro-batch of so many of the longest answers"""
-        return math.ceil(rows / group_size) * prompt_tokens + rows * read, rows * (prompt_tokens + read)
+    def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
+        # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
+        waiting, asked = rows < max(episodes, evaluated), max(prompts, evaluated)
+        kv_cache = rows * (episode + (max_new_tokens // 2 if waiting else 0)) * kv_token
+        # Logits become tokens in blocks, twice in float32. When rows leave, a buffer of the cache is copied.
+        # A first prefill comes before the cache. An evaluation's prompts have one row each.
+        choosing = 8 * min(rows * vocab, max(vocab, LOGITS_AT_ONCE.get(device, 2**24)))
+        beside = 3 * byte * inner if waiting or asked > PREFILLED else 0
+        prefill = min(rows, PREFILLED, asked) * prompt_tokens * (kv_token + beside)
+        sampling = max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill)
+        if engine:
+            # Blocks are of 128 tokens on CPUs and of fewer on GPUs; one is vLLM's own. Logits, probabilities
+            # and exponential noise are in float32; a prefill is of 8,192 tokens by default.
+            kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
+            sampling = max(12 * rows * vocab, 2**13 * 3 * byte * inner)
 
-    def cost(rows: int, recomputed: int) -> float:
-        share, (computed, places) = place_share(recomputed), filled(rows)
-        return (1 - share) * computed + share * places
-
-    def update(tokens: int, recomputed: int) -> dict[str, int]:
-        rows = next((r for r in range(episodes, 1, -1) if cost(r, recomputed) <= tokens), 1)
-        alone = rows == episodes  # then gradients come as activations go, the head's first
-        more = 1 if alone else max(1, tokens / cost(rows, recomputed))
-        computed, places = (int(more * x) for x in filled(rows))
-        counted, kept = int(more * rows * max_new_tokens * top_entropy), layers - recomputed
+        in_batch = next((r for r in range(episodes, 1, -1) if filled(r, recomputed)[1] <= tokens), 1)
+        share, cost, computed, places = filled(in_batch, recomputed)
+        alone = in_batch == episodes  # then gradients come as activations go, the head's first
+        more = 1 if alone else max(1, tokens / cost)
+        computed, places = int(more * computed), int(more * places)
+        counted, kept = int(more * in_batch * max_new_tokens * top_entropy), layers - recomputed
         again = computed * token + places * place if recomputed == layers else 0
-        weight_gradient = byte + 4 if byte < 4 else 4  # bytes a weight: in the model's dtype and in float32
-        largest_state = optimizer * max(owned) // sum(owned)  # one parameter's
         head_gradient, others = (4 * vocab * wide, 4 * parameters) if alone else (0, 0)
         workspace = min(HEAD_WORKSPACE, 8 * vocab * counted)  # forward; six or four of the eight in backward
-        return {
+        # Without a kernel of its own, an activation function's backward takes four, not two, of `inner`.
+        mlp = max(computed * 4 * byte, wide * weight_gradient) * inner
+        of_update = {
             "gradients": 4 * parameters - others,
             "activations": computed * (kept * token + recomputed * byte * wide) + places * kept * place,
             "head": max(workspace, workspace * (6 if byte < 4 else 4) // 8 + head_gradient)
                     + computed * norm + 2 * counted * byte * wide,
-            # Without a kernel of its own, an activation function's backward takes four, not two, of `inner`.
-            "layer": again + computed * 2 * byte * wide + head_gradient
-                     + max(computed * 4 * byte, wide * weight_gradient) * inner,
+            "layer": again + computed * 2 * byte * wide + head_gradient + mlp,
             "embedding": others + vocab * wide * weight_gradient,  # dense
             # A slice is updated at a time; with offload, one parameter's state is on a visit.
-            "optimizer_step": others + 16 * OPTIMIZER_SLICE + largest_state * offload_optimizer,
+            "optimizer_step": others + 16 * OPTIMIZER_SLICE
+                              + offload_optimizer * optimizer * max(owned) // sum(owned),
         }
-
-    def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
-        limits = Limits(rows, tokens, recomputed, layers, place_share(recomputed))
-        return MemoryPlan(limits, parameters, memory_budget_bytes, resting * (device != "cpu"), **held,
-                          **rollout(rows), **(update(tokens, recomputed) if training else {}))
+        engine_weights = byte * parameters * engine
+        return MemoryPlan(
+            Limits(rows, tokens, recomputed, layers, share), parameters, memory_budget_bytes,
+            host_bytes=resting * (device != "cpu"), resting=resting * (device == "cpu"),
+            weights=byte * parameters, optimizer=optimizer * (not offload_optimizer),
+            kv_cache_bytes=kv_cache, logits_or_prefill=sampling, engine_weights=engine_weights,
+            engine_stays=(engine_weights + kv_cache) * (engine and device == "cpu"),
+            **(of_update if training else {}),
+        )
 
     def work(p: MemoryPlan) -> float:
         # A token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
@@ -1298,10 +1275,10 @@ def plan(
     again = range(layers, -1, -1) if recomputed_layers is None else [recomputed_layers]
     counts = [max_rows] if max_rows else range(episodes, 0, -1)
     powers = sorted({*(2**i for i in range(15) if 2**i < episodes), episodes})
-    sizes_of = lambda k: [micro_batch_tokens] if micro_batch_tokens else [
-        math.ceil(cost(r, k)) for r in powers if r == 1 or cost(r, k) <= 2**15]
-    rows = next((r for r in counts if planned(r, sizes_of(again[0])[0], again[0]).fits), counts[-1])
-    plans = [planned(rows, t, k) for k in again for t in sizes_of(k)]
+    tokens = [micro_batch_tokens] if micro_batch_tokens else [
+        math.ceil(filled(r, 0)[1]) for r in powers if r == 1 or filled(r, 0)[1] <= 2**15]
+    rows = next((r for r in counts if planned(r, tokens[0], again[0]).fits), counts[-1])
+    plans = [planned(rows, t, k) for t in tokens for k in again]
     fitting = [p for p in plans if p.update_peak_bytes <= memory_budget_bytes]
     best = min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
     if best.fits:
@@ -1322,8 +1299,8 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if expandable and not by_user and "microsoft" not in platform.release():  # WSL's drivers fail at them
-        # Rollout and update take turns: segments that grow leave no holes that fit neither. The variable is
-        # read when CUDA starts, which bitsandbytes does when it is imported: too early for this.
+        # Rollout and update take turns: segments that grow leave no holes that fit neither. The environment's
+        # variable is read when CUDA starts, as bitsandbytes is imported: too early for this.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     if not torch.cuda.is_available():  # a plan for a card that isn't there
         return
@@ -1339,8 +1316,7 @@ def detect_budget_bytes(device: torch.device | str) -> int:
     """Bytes that tensors may take on a device. With CUDA: what is free or ours already, less 5% for fragments
     and kernels that are loaded late. On a CPU: what is free in the machine and in the container, less 20% for
     others; the ranks of this machine share it."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return int(0.95 * (free + torch.cuda.memory_reserved(device)))
     free = 4 * 2**30  # where the system doesn't say, as on Windows
@@ -1350,6 +1326,8 @@ def detect_budget_bytes(device: torch.device | str) -> int:
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     with suppress(OSError, ValueError):  # no container; "max": a container without a limit
         limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        with suppress(OSError), open(CGROUP / "memory.stat") as lines:  # copies of files go when it is wanted
+            taken -= sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
         free = min(free, limit - taken)
     return max(0, int(0.8 * free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

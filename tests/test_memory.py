@@ -755,7 +755,7 @@ def test_decoding_answers_like_ordinary_attention_and_copies_no_keys_or_values(n
         longer = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype)], 1)
         made.clear()
         with Made(), torch.no_grad():
-            as_cache = {memory.cache_argument(type(which)): cache}
+            as_cache = {memory.cache_name(which): cache}
             return which(tokens, attention_mask=longer, use_cache=True, **as_cache).logits
 
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
@@ -1112,18 +1112,20 @@ def test_the_budget_of_a_cpu_is_below_its_memory():
     assert 0.01 * total < memory.detect_budget_bytes("cpu") < total
 
 
-@pytest.mark.parametrize("limit, taken, budget", [
-    ("1000000\n", "200000\n", 640_000), ("1000000\n", "1200000\n", 0), ("max\n", "5\n", None),
-    (None, None, None),
+@pytest.mark.parametrize("limit, taken, files, budget", [
+    ("1000000\n", "200000\n", 0, 640_000), ("1000000\n", "1200000\n", 0, 0), ("max\n", "5\n", 0, None),
+    ("1000000\n", "950000\n", 250_000, 240_000),  # the system's copies of files are no hindrance
+    (None, None, None, None),
 ])
 def test_a_containers_limit_less_what_is_taken_is_the_cpus_memory(
-    limit, taken, budget, tmp_path, monkeypatch
+    limit, taken, files, budget, tmp_path, monkeypatch
 ):
     everything = memory.detect_budget_bytes("cpu")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     if limit:
         (tmp_path / "memory.max").write_text(limit)
         (tmp_path / "memory.current").write_text(taken)
+        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nactive_file 7\n")
     now = memory.detect_budget_bytes("cpu")
     assert now == (pytest.approx(everything, rel=0.2) if budget is None else budget)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # torchrun's ranks on this machine share it
@@ -1705,7 +1707,7 @@ def test_the_cache_goes_by_the_name_that_the_model_takes():
         def forward(self, input_ids, cache=None, **options):
             pass
 
-    assert [memory.cache_argument(x) for x in (Older, Newer)] == ["past_key_values", "cache"]
+    assert [memory.cache_name(x()) for x in (Older, Newer)] == ["past_key_values", "cache"]
 
 
 def stretched(kind, **changes):
