@@ -15,6 +15,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,15 +73,13 @@ class LiveBytes(TorchDispatchMode):
 
 def micro_batch(model, backbone, head, ids: torch.Tensor, recomputed: int, top_entropy: float) -> None:
     """Forward and backward as the training loop does it: full-length rows, a share of the answers' tokens."""
-    counts = torch.zeros(ids.shape, dtype=torch.bool)
-    counts[:, PROMPT - 1 : -1] = torch.rand(len(ids), NEW) < top_entropy
-    targets = ids.roll(-1, 1)[counts.to(ids.device)]
-    with memory.recompute_layers(model, recomputed):
-        prompts, answers = ids[:, :PROMPT].tolist(), ids[:, PROMPT:].tolist()
-        hidden, places = memory.packed_hidden_states(backbone, prompts, answers)
-        hidden = hidden[places[counts].to(ids.device)]
-        logprobs, _ = memory.token_logprobs(hidden, head, targets, into_weight_grad=True)
-        logprobs.mean().backward()
+    sequences = [
+        SimpleNamespace(prompt=row[:PROMPT], completion=[*row[PROMPT:], 0],
+                        counted=(torch.rand(NEW) < top_entropy).nonzero()[:, 0])
+        for row in ids.tolist()
+    ]
+    logprobs, _ = memory.sequence_logprobs(model, sequences, 1.0, recomputed)
+    logprobs.mean().backward()
 
 
 class WideCache(DynamicCache):
@@ -106,7 +105,8 @@ def rollout(model, rows: int, columns: int) -> None:
     ids = torch.zeros((groups, PROMPT), dtype=torch.long, device=model.device)
     mask = torch.ones_like(ids)
     prompt = DynamicCache()
-    model(ids, attention_mask=mask, past_key_values=prompt, use_cache=True, logits_to_keep=1)
+    name = memory.cache_name(model)
+    model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **{name: prompt})
     source = torch.arange(rows, device=model.device) // GROUP
     cache = WideCache()
     for layer in prompt.layers:
@@ -117,7 +117,7 @@ def rollout(model, rows: int, columns: int) -> None:
     mask = torch.zeros((rows, 1, 1, columns), dtype=model.dtype, device=model.device)
     token = torch.zeros((rows, 1), dtype=torch.long, device=model.device)
     positions = torch.full_like(token, columns - 1)
-    output = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    output = model(token, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
     uniform = torch.rand(rows, dtype=torch.float64, device=model.device)
     choose_tokens(output.logits[:, -1], 0.5, uniform)
     del output
@@ -179,10 +179,9 @@ def compare_on_cpu(size: str, micro_batch_rows: list[int], sampler_rows: list[in
         with LiveBytes(*params, *grads) as live:
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
-        weights, gradients = plan.held["weights"], plan.update["gradients, float32"]
-        state, step = sum(plan.held.values()) - weights, plan.update["or instead: the optimizer's step"]
-        line("optimizer's state", state, live.now - weights - gradients)
-        line("optimizer's step, with its state", weights + gradients + state + step, live.peak)
+        line("optimizer's state", plan.optimizer, live.now - plan.weights - plan.gradients)
+        whole = plan.weights + plan.gradients + plan.optimizer + plan.optimizer_step
+        line("optimizer's step, with its state", whole, live.peak)
 
 
 def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
@@ -195,7 +194,8 @@ def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
     optimizer = memory.AdamW8bit(model.parameters(), lr=1e-6, offload=offload)
     reference = memory.ReferencePolicy(model)
     episodes = torch.randint(model.config.vocab_size, (PROMPTS * GROUP, PROMPT + NEW), device="cuda")
-    batches = memory.micro_batches([PROMPT + NEW] * len(episodes), plan.limits.micro_batch_tokens)
+    rows = max(1, plan.limits.micro_batch_tokens // (PROMPT + NEW))
+    batches = torch.arange(len(episodes)).split(rows)
     waiting = plan.limits.max_rows < len(episodes)
 
     def report(what: str, planned: int) -> None:

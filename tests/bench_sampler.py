@@ -108,8 +108,7 @@ def with_generate(model, prompts, group_size, limit, stops, lengths=None) -> lis
 
 def new_vllm(model, rows: int, longest: int):
     """What `with_sample` is, by an engine that was made for this model."""
-    engine = memory.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30,
-                                      max_rows=rows)
+    engine = memory.VLLMSampler(model, stops=[], max_model_len=longest, kv_cache_bytes=2**30, max_rows=rows)
     new_parameters = engine.new_parameters
 
     def with_vllm(model, prompts, group_size, limit, stops, lengths) -> list[int]:
