@@ -596,7 +596,7 @@ def test_groups_without_spread_are_dropped_but_keep_their_place_in_the_denominat
 def test_running_out_of_memory_changes_nothing_but_the_micro_batch(monkeypatch, capsys):
     policy, config = a_policy(), update_config(updates_per_batch=2)
     episodes = some_episodes(policy)
-    expected, _ = gradients_of_update(policy, config, 80, episodes=episodes)
+    expected, _ = gradients_of_update(policy, config, 40, episodes=episodes)
     real, calls = memory.token_logprobs, []
 
     def sometimes_full(*args, **kwargs):
@@ -606,7 +606,7 @@ def test_running_out_of_memory_changes_nothing_but_the_micro_batch(monkeypatch, 
         return real(*args, **kwargs)
 
     monkeypatch.setattr(memory, "token_logprobs", sometimes_full)
-    got, _ = gradients_of_update(policy, config, 80, episodes=episodes)
+    got, _ = gradients_of_update(policy, config, 40, episodes=episodes)
     assert len(got) == len(expected) == 2
     for a, b in zip(expected[1], got[1]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)

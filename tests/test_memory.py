@@ -1416,7 +1416,7 @@ def test_a_server_that_hangs_delays_a_stop_by_less_than_five_seconds():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
                           check=False, timeout=100)
     assert done.returncode == 0 and "when the run was stopped" in done.stdout, done.stderr
-    assert float(done.stdout.split()[0]) < 5
+    assert float(done.stdout.splitlines()[-1].split()[0]) < 5  # a line before may say that it is away
     assert time.monotonic() - started < 60
 
 
