@@ -407,7 +407,7 @@ def wrap(owner, name: str, before: Callable = tuple, after: Callable = id) -> No
 
 def all_memory_once(on_gpu: bool) -> Callable:
     """A function whose first call takes all of the GPU's memory."""
-    sizes = [2**power for power in range(34, 19, -1)]
+    sizes = [2**power for power in range(34, 8, -1)]
 
     def take() -> list[torch.Tensor]:
         ballast = []
