@@ -25,21 +25,15 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
-from types import SimpleNamespace
 
 # As grpo_scratch sets it for idle threads. It counts from before torch is loaded, for both sides.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 GROUP, RATE, WARM_UP = 8, 1e-5, 2
-PARTS = [
-    "sampling",
-    "forward",
-    "backward",
-    "optimizer",
-]  # the rest: rewards, padding, gradient norm, bookkeeping
+PARTS = ["sampling", "forward", "backward", "optimizer"]  # the rest: rewards, gradient norm, bookkeeping
 
 
 class Stopwatch:
@@ -77,65 +71,34 @@ class Stopwatch:
         self.start()
 
 
+REWARD = "import random\n\ndef score(completion, example):\n    return random.random()\n"
+
+
 def run_ours(folder: str, examples: list[dict], asked) -> Stopwatch:
     """The steps as `train` makes them."""
     import grpo_scratch as grpo  # isort: skip (before torch)
     import torch
 
-    import data
     import memory
 
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    if not cuda:
-        memory.keep_freed_memory()
-    config = grpo.make_config(
-        "tiny",
-        prompts_per_step=asked.prompts,
-        group_size=GROUP,
-        skip_truncated=False,
-        max_new_tokens=asked.new_tokens,
-        learning_rate=RATE,
-    )
-    model_config, tokenizer = data.load_config(folder)
-    longest = data.tokenize(tokenizer, model_config, examples, asked.new_tokens)
-    limits = memory.plan(
-        model_config,
-        prompt_tokens=longest,
-        max_new_tokens=asked.new_tokens,
-        prompts=asked.prompts,
-        group_size=GROUP,
-        dtype=dtype,
-        memory_budget_bytes=(
-            int(asked.budget_gib * 2**30) if asked.budget_gib else memory.detect_budget_bytes(device)
-        ),
-        micro_batch_tokens=None if asked.model else config.micro_batch_tokens,
-    ).limits
-    policy = grpo.open_policy(folder, tokenizer, dtype=dtype, device=device)
-    optimizer = memory.AdamW8bit(policy.model.parameters(), lr=RATE)
-    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
-
-    watch = Stopwatch(cuda)
-    watch.watch(grpo, "sample", "sampling")
+    watch = Stopwatch(torch.cuda.is_available())
+    watch.watch(memory, "sample", "sampling")
     watch.watch(memory, "sequence_logprobs", "forward")
     watch.watch(torch.Tensor, "backward", "backward")
-    watch.watch(optimizer, "step", "optimizer")
-    run = SimpleNamespace(
-        policy=policy, config=config, limits=limits, score=lambda examples, texts: [(0.0, {}) for _ in texts],
-        sampler=partial(
-            grpo.sample, policy.model, eos_token_id=policy.stops, pad_token_id=policy.pad_token_id
-        ),
-    )
+    rows, reward = Path(folder) / "prompts.jsonl", Path(folder) / "bench_reward.py"
+    rows.write_text("".join(json.dumps({"prompt": example["prompt"]}) + "\n" for example in examples))
+    reward.write_text(REWARD)
+    run = grpo.open_run(grpo.make_config(
+        "tiny", model=folder, task=str(rows), reward=[f"{reward}:score"], cold_start_steps=0, eval_examples=1,
+        prompts_per_step=asked.prompts, group_size=GROUP, max_new_tokens=asked.new_tokens, learning_rate=RATE,
+        lr_schedule="constant", memory_budget_gib=asked.budget_gib, output_dir=folder,
+        micro_batch_tokens=None if asked.model else grpo.RECIPES["tiny"]["micro_batch_tokens"],
+    ))
+    run.optimizer.make_state()
+    watch.watch(run.optimizer, "step", "optimizer")
     watch.start()
-    for i in range(0, len(examples), asked.prompts):
-        episodes = grpo.rollout(
-            run, examples[i : i + asked.prompts], group_size=GROUP, temperature=1.0, generator=generator
-        )
-        rewards = torch.tensor([rng.random() for _ in episodes])
-        advantages = grpo.group_advantages(rewards, torch.tensor([episode.group for episode in episodes]))
-        for episode, advantage in zip(episodes, advantages.tolist()):
-            episode.advantage = advantage
-        grpo.update(policy, None, optimizer, grpo.train_sequences(episodes, config), config, limits)
+    for _ in range(len(examples) // asked.prompts):
+        _, episodes = grpo.grpo_step(run)
         watch.step_ends(sum(len(episode.completion.ids) for episode in episodes))
     return watch
 
