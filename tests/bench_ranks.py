@@ -7,7 +7,8 @@
 
 Bytes are counted where torch.distributed is called, as what any algorithm must send: a gathered list goes to
 each other rank, a gradient leaves every rank but its owner, a new weight leaves its owner (a chain or a tree
-passes both on, so each rank sends about as much), and are per parameter the same for any model.
+passes both on, so each rank sends about as much). Per parameter they are the same for any model. A rank waits
+while it gathers: for slower ranks, and for their lists.
 """
 
 import argparse
@@ -35,10 +36,10 @@ import memory
 WHAT = {"all_gather_object": "episodes", "reduce": "gradients", "broadcast": "weights", "all_reduce": "norms"}
 
 
-def count_bytes() -> Counter:
-    """From now on, bytes sent by this rank, by what they are."""
+def count() -> tuple[Counter, list[float]]:
+    """From now on: bytes sent by this rank, by what they are, and the seconds of each time that it waited."""
     rank, ranks = memory.my_rank()
-    sent = Counter()
+    sent, waits = Counter(), []
     sizes = {
         "all_gather_object": lambda everyone, made: len(pickle.dumps(made)) * (ranks - 1),
         "reduce": lambda x, owner: x.nbytes if owner != rank else 0,
@@ -49,12 +50,16 @@ def count_bytes() -> Counter:
     def counting(name, call):
         def counted_call(*args):
             sent[WHAT[name]] += sizes[name](*args)
-            return call(*args)
+            started = time.monotonic()
+            result = call(*args)
+            if name == "all_gather_object":
+                waits.append(time.monotonic() - started)
+            return result
         return counted_call
 
     for name in WHAT:
         setattr(dist, name, counting(name, getattr(dist, name)))
-    return sent
+    return sent, waits
 
 
 def report(what: str, sent: Counter, optimizer, seconds: list[float], waited: list[float]) -> None:
@@ -79,12 +84,15 @@ def tiny_steps(steps: int) -> None:
     """Real steps of recipe tiny, after a cold start that is long enough for groups with spread."""
     with contextlib.redirect_stdout(io.StringIO()):
         run = g.open_run(g.make_config("tiny", device="cpu", memory_budget_gib=1.0, cold_start_steps=100))
-        g.start(run)
+        g.cold_start(run)
         g.grpo_step(run)  # makes the optimizer's state
-        sent = count_bytes()
-        records = [g.grpo_step(run)[0] for _ in range(steps)]
+        (sent, waits), records, waited = count(), [], []
+        for _ in range(steps):
+            records.append(g.grpo_step(run)[0])
+            waited.append(sum(waits))
+            waits.clear()
     assert not any(record["skipped"] for record in records), "a step that changed no weight"
-    seconds, waited = ([record[name] for record in records] for name in ("seconds", "waited_seconds"))
+    seconds = [record["seconds"] for record in records]
     report("recipe tiny, float32", sent, run.optimizer, seconds, waited)
 
 
@@ -99,19 +107,20 @@ def exchange(layers: int, steps: int) -> None:
     params = list(model.parameters())
     memory.sum_gradients_in_fp32(params)
     optimizer = memory.AdamW8bit(params, lr=1e-6)
-    sent, seconds, waited = count_bytes(), [], []
+    (sent, waits), seconds, waited = count(), [], []
     for _ in range(steps):
         lengths = [rng.randrange(200, 1024) for _ in range(256)[memory.my_slice(256)]]
         numbers = lambda n: [rng.random() for _ in range(n)]
         made = [([7] * n, numbers(n), numbers(n)) for n in lengths]  # as an Episode's ids and statistics
         for p in params:
             p.grad = torch.full_like(p, 0.01, dtype=torch.float32)
-        started, before = time.monotonic(), memory.waited_seconds
+        started = time.monotonic()
         memory.gather(lambda made=made: made)
         optimizer.sum_gradients(1.0)
         optimizer.step()
         seconds.append(time.monotonic() - started)
-        waited.append(memory.waited_seconds - before)
+        waited.append(sum(waits))
+        waits.clear()
         optimizer.zero_grad(set_to_none=True)
     report("exchange alone, bfloat16", sent, optimizer, seconds, waited)
 
@@ -152,11 +161,11 @@ def paper() -> None:
                 config, prompt_tokens=PROMPT_TOKENS, max_new_tokens=NEW_TOKENS, prompts=PROMPTS,
                 group_size=GROUP, dtype=torch.bfloat16, memory_budget_bytes=80 * 10**9, reference=True,
                 ranks=ranks)
-            held, host, limits = sum(plan.held.values()), sum(plan.host.values()), plan.limits
+            held, limits = plan.weights + plan.optimizer, plan.limits
             print(f"{name:>5} on {ranks:>2}, GB a GPU: weights, optimizer {held / 1e9:.1f}, with gradients "
                   f"{(held + 4 * plan.parameters) / 1e9:.1f}, update {plan.update_peak_bytes / 1e9:.1f} "
                   f"({limits.micro_batch_tokens} tokens, {limits.recomputed_layers} layers again), rollout "
-                  f"{plan.rollout_peak_bytes / 1e9:.1f}; host {host / 1e9:.1f}")
+                  f"{plan.rollout_peak_bytes / 1e9:.1f}; host {plan.host_bytes / 1e9:.1f}")
         compute = 6 * plan.parameters * PROMPTS * GROUP * (PROMPT_TOKENS + NEW_TOKENS) / (PEAK * UTILISATION)
         moved = {link: BYTES * plan.parameters / (speed * 1e9) for link, speed in LINKS.items()}
         print(f"{name:>5}: compute {compute:.2f} s; exchange "
