@@ -338,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     count = parser.parse_args().kills
+    transformers.utils.logging.disable_progress_bar()  # one for each model that is checked
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tally = kills(count, folder)

@@ -49,6 +49,12 @@ def run(folder: Path, read: bool, **settings) -> tuple[dict, list[dict]]:
     return json.loads(done.read_text()), [json.loads(line) for line in lines]
 
 
+def first_and_last(records: list[dict], name: str) -> str:
+    """Two numbers for the table; "-" where a record has none."""
+    first, last = (f"{x[name]:.3f}" if x.get(name) is not None else "-" for x in (records[0], records[-1]))
+    return f"{first:>7} ->{last:>5}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained causal LM")
@@ -82,9 +88,10 @@ def main() -> None:
     for seed in asked.seeds:
         start, model = asked.output_dir / f"start-{seed}", asked.model
         if asked.cold_start_steps:
+            model = start / "final"
+        if asked.cold_start_steps and not asked.read:
             run(start, asked.read, **common, seed=seed, model=str(asked.model), steps=0,
                 cold_start_steps=asked.cold_start_steps, cold_start_lr=2e-5, cold_start_batch=16)
-            model = start / "final"
         for recipe in asked.recipes:
             for rate in asked.rates:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
@@ -97,24 +104,27 @@ def main() -> None:
                     seed=seed, model=str(model), steps=asked.steps, cold_start_steps=0,
                     eval_every=10, learning_rate=rate, warmup_steps=asked.warmup_steps,
                     prompts_per_step=asked.prompts, group_size=asked.answers, micro_batch_tokens=1024)
+                rows.append((name, seed, summary, metrics))
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
-                sampled = [e.get("sampled_accuracy") for e in summary["evaluations"]]
+                sampled = [e["sampled_accuracy"] for e in summary["evaluations"]]
                 print(name, seed, "greedy", *(f"{x:.3f}" for _, x in points),
-                      "sampled", *(f"{x:.3f}" for x in sampled if x is not None))
-                rows.append((name, seed, points, metrics, summary["peak_memory_bytes"]))
+                      "sampled", *("-" if x is None else f"{x:.3f}" for x in sampled), flush=True)
                 if len(points) > 1:
                     curves[f"{name}, seed {seed}"] = tuple(zip(*points))
-    print(f"{'algorithm, rate':<22}{'seed':>5}{'before':>8}{'after':>8}{'best':>8}{'to 0.9':>8}"
+    wide = max([22, *(len(row[0]) for row in rows)])
+    print(f"{'algorithm, rate':<{wide}}{'seed':>5}{'greedy':>15}{'best':>8}{'to 0.9':>8}{'sampled':>15}"
           f"{'entropy':>15}{'sample s':>10}{'update s':>10}{'peak GB':>9}")
-    for name, seed, points, metrics, peak in rows:
-        sampling = [asked.answers * asked.prompts * m["completion_length"] / m["sampling_tokens_per_second"]
-                    for m in metrics]
-        reached = next((str(step) for step, accuracy in points if accuracy >= 0.9), "-")
-        print(f"{name:<22}{seed:>5}{points[0][1]:>8.3f}{points[-1][1]:>8.3f}{max(a for _, a in points):>8.3f}"
-              f"{reached:>8}{metrics[0]['entropy']:>7.3f} ->{metrics[-1]['entropy']:>5.3f}"
-              f"{statistics.median(sampling):>10.1f}"
-              f"{statistics.median(m['seconds'] - s for m, s in zip(metrics, sampling)):>10.1f}"
-              f"{peak / 1e9:>9.1f}")
+    for name, seed, summary, metrics in rows:
+        evaluations = summary["evaluations"]
+        tokens = [asked.answers * m["groups_drawn"] * m["completion_length"] for m in metrics]
+        sampling = [n / m["sampling_tokens_per_second"] for n, m in zip(tokens, metrics)]
+        updating = [m["seconds"] - m.get("scoring_seconds", 0) - s for m, s in zip(metrics, sampling)]
+        reached = next((str(e["step"]) for e in evaluations if e["accuracy"] >= 0.9), "-")
+        print(f"{name:<{wide}}{seed:>5}{first_and_last(evaluations, 'accuracy')}"
+              f"{max(e['accuracy'] for e in evaluations):>8.3f}{reached:>8}"
+              f"{first_and_last(evaluations, 'sampled_accuracy')}{first_and_last(metrics, 'entropy')}"
+              f"{statistics.median(sampling):>10.1f}{statistics.median(updating):>10.1f}"
+              f"{summary['peak_memory_bytes'] / 1e9:>9.1f}")
     if asked.picture:
         draw(curves, asked.picture)
 
