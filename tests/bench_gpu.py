@@ -283,7 +283,7 @@ def decoding(at: Setting) -> Iterator[Row]:
         mask = torch.zeros(rows, 1, 1, columns, dtype=model.dtype, device=at.device)
         token = torch.zeros(rows, 1, dtype=torch.long, device=at.device)
         inputs = {"attention_mask": mask, "position_ids": token + columns - 1,
-                  memory.cache_argument(type(model)): cache}
+                  memory.cache_name(model): cache}
         forward = lambda token=token, inputs=inputs: model(token, **inputs, use_cache=True).logits[:, -1]
         uniform = torch.rand(rows, dtype=torch.float64, device=at.device)
         choose = partial(memory.choose_tokens, forward(), 1.0, uniform)
