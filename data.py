@@ -49,7 +49,7 @@ class Example(dict):
     where = ""
 
 
-def fetch(what: str, load: Callable, name: str, **options):
+def fetch(what: str, load: Callable, name: str, /, **options):
     """load(name), of a file, a folder or a hub id. Any failure is an InputError about `what`."""
     is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix.lower() not in FILE_TYPES
     if not is_hub_id and not Path(name).exists():

@@ -226,6 +226,18 @@ def test_gsm8k_comes_from_a_local_copy_with_its_two_splits(tmp_path):
     assert first["completion"] == "<think>It is 1,000.</think>\n<answer>1000</answer>"
 
 
+def test_gsm8k_is_asked_for_by_its_name_and_configuration(monkeypatch):
+    """The hub can't be reached from here, so this stands in for it."""
+    def load_dataset(path, name=None):
+        assert (path, name) == ("openai/gsm8k", "main")
+        rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+        return {split: datasets.Dataset.from_list(rows) for split in ("test", "train")}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, heldout = load("gsm8k")
+    assert len(heldout) == 2 and len(train) == 1
+
+
 @pytest.mark.parametrize("name, content, told", [
     ("gone.jsonl", None, "no such file"),
     ("empty.jsonl", "", "can't be held out of 0 rows"),
@@ -1038,6 +1050,7 @@ def test_answers_that_are_all_dropped_are_told_after_three_steps(capsys):
         "groups_without_spread": 1.0,
         "entropy": None,
         "skipped": "nothing to learn: every answer truncated",
+        "seconds": 1.0,
     }
     warned = set()
     for n in range(1, 40):
