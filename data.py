@@ -9,7 +9,6 @@ tokenizer's chat template turns into text. A cold start imitates its `completion
 Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mixing several tasks in one run.
 """
 
-import codecs
 import csv
 import html
 import importlib
@@ -28,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -112,17 +112,17 @@ def asked_example(text: str, prompt_format: str) -> Example:
     row = None
     with suppress(ValueError, RecursionError):
         row = json.loads(text)
-    if isinstance(row, dict) and "prompt" not in row:
-        try:
-            row["prompt"] = PROMPTS[prompt_format](row)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"--ask {text}: no prompt can be made of it ({type(error).__name__}: {error}); "
-                             "an example holds what prompt and rewards read, or a `prompt`") from error
-    elif not isinstance(row, dict):
+    if not isinstance(row, dict):
         prompt = PROMPTS[prompt_format](NOTHING | {"question": text}) if prompt_format in PROMPTS else text
         if isinstance(prompt, list):
             prompt = [m | {"content": text} if m["role"] == "user" else m for m in prompt]
         row = {"prompt": prompt}
+    elif "prompt" not in row:
+        try:
+            row["prompt"] = PROMPTS[prompt_format](row)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"--ask {text}: no prompt can be made of it ({type(error).__name__}: {error}); "
+                             "give all that prompt and rewards read, or a `prompt`") from error
     return make_example(row, "", "--ask")
 
 
@@ -164,21 +164,19 @@ def encode(tokenizer, prompt: str | list[dict]) -> tuple[list[int], str]:
 
 def apply_template(tokenizer, messages: list[dict]) -> str:
     """Messages as the tokenizer's chat template writes them, with the beginning of an answer."""
-    text, refused, options = "", None, {"tokenize": False, "add_generation_prompt": True}
+    options = {"tokenize": False, "add_generation_prompt": True}
     try:
         text = tokenizer.apply_chat_template(messages, **options)
         if re.search(r"</[\w-]+>$", text.rstrip()):  # a thought that it closes unless it is asked to think
             text = tokenizer.apply_chat_template(messages, **options, enable_thinking=True, thinking=True)
-    except Exception as error:  # noqa: BLE001  a template is a program of its own
-        refused = error
-    if messages and (words := messages[0]["content"]) in SYSTEM and words not in text:
-        user = messages[1] | {"content": f"{words}\n\n{messages[1]['content']}"}
-        return apply_template(tokenizer, [user, *messages[2:]])
-    if refused:
+        return text
+    except Exception as error:  # a template is a program of its own
+        if messages and messages[0]["content"] in SYSTEM:  # it may refuse the role
+            user = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            return apply_template(tokenizer, [user, *messages[2:]])
         raise InputError(f"the chat template of {tokenizer.name_or_path or 'the model'} refuses "
-                         f"{str(messages)[:80]} ({brief(refused)}); put a system message's words at the head "
-                         "of the user's, leave out other roles, or write prompts as text") from refused
-    return text
+                         f"{str(messages)[:80]} ({brief(error)}); put a system message's words at the head "
+                         "of the user's, or write prompts as text") from error
 
 
 def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) -> list[Example]:
@@ -189,29 +187,23 @@ def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) ->
         example["prompt_ids"], example["opened"] = encode(tokenizer, example["prompt"])
         refuse_unknown(tokenizer, config, example, "prompt", example["prompt_ids"])
     context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # Bloom has no limit
-    others = [e for e in examples if len(e["prompt_ids"]) + max_new_tokens > context]
-    if not others:
-        return examples
-    lengths = sorted(len(e["prompt_ids"]) for e in others)
-    short = [length for length in lengths if length < context]
-    told = (f"{len(others)} of {len(examples)} prompts, of up to {lengths[-1]} tokens, with --max-new-tokens "
-            f"{max_new_tokens} exceed the model's context of {context} ({'; '.join(map(place, others[:8]))}"
-            f"{'; ...' * (len(others) > 8)}); ")
-    told += f"{len(short)} fit with --max-new-tokens {context - short[-1]}" if short else "shorten them"
-    if len(others) == len(examples):
-        raise InputError(told)
-    warn(f"{told}. They are left out")
-    return [e for e in examples if len(e["prompt_ids"]) + max_new_tokens <= context]
+    is_long = lambda example: len(example["prompt_ids"]) + max_new_tokens > context
+    if long := list(filter(is_long, examples)):
+        told = (f"{len(long)} of {len(examples)} prompts, of up to {max(len(e['prompt_ids']) for e in long)} "
+                f"tokens, exceed the model's context of {context} with --max-new-tokens {max_new_tokens} "
+                f"({'; '.join(map(place, long[:8]))}{'; ...' * (len(long) > 8)}); shorten them, or lower it")
+        if len(long) == len(examples):
+            raise InputError(told)
+        warn(f"{told}. They are left out")
+    return list(itertools.filterfalse(is_long, examples))
 
 
 def demonstration_ids(tokenizer, config, example: Example, rng: random.Random) -> list[int]:
     """Token ids of an answer to imitate, which ends with one end-of-sequence token. A tag that the prompt has
     opened is not opened again. Raises InputError if the model's embeddings lack a token."""
-    text, opened, end = demonstration(example, rng), example.get("opened"), tokenizer.eos_token
-    if opened and text.lstrip().startswith(opened):
-        text = text.lstrip().removeprefix(opened)
-    while text.rstrip().endswith(end):
-        text = text.rstrip().removesuffix(end)
+    text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", demonstration(example, rng))
+    if example.get("opened"):
+        text = re.sub(rf"^\s*{re.escape(example['opened'])}", "", text)
     ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     refuse_unknown(tokenizer, config, example, "demonstration", ids)
     return ids
@@ -376,24 +368,21 @@ def read_file(source: str) -> list[tuple[int, dict]]:
     """The rows of a file, each after its line, or its number in a JSON list or a parquet file. Values are
     what the file says; `datasets` would lose a csv's words None and NA, and change dates and "007"."""
     path, kind, number, rows = Path(source), Path(source).suffix.lower(), 0, []
-    needed = 'write one JSON object on each line, like {"prompt": "2 + 2?"}'
     if kind not in FILE_TYPES:
         raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return list(enumerate(file.read().to_pylist(), start=1))
 
     def lines() -> Iterator[str]:
         nonlocal number
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            yield line.decode()
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
     try:
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            with path.open("rb") as file:
-                return list(enumerate(pyarrow.parquet.ParquetFile(file).read().to_pylist(), start=1))
-        elif kind == ".csv":
-            needed = "text with a comma needs double quotes around it"
+        if kind == ".csv":
             for row in csv.DictReader(lines(), strict=True):
                 if None in row:
                     raise csv.Error(f"more cells than the {len(row) - 1} columns")
@@ -405,8 +394,10 @@ def read_file(source: str) -> list[tuple[int, dict]]:
         else:
             rows = [(number, json.loads(line.strip())) for line in lines() if line.strip()]
     except (UnicodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
+        needed = ("save the file as UTF-8" if isinstance(error, UnicodeError)
+                  else "text with a comma needs double quotes around it" if kind == ".csv"
+                  else 'write one JSON object on each line, like {"prompt": "2 + 2?"}')
         line = number + getattr(error, "lineno", 1) - 1
-        needed = "save the file as UTF-8" if isinstance(error, UnicodeError) else needed
         raise InputError(f"{source}, line {line}: {getattr(error, 'msg', error)}; {needed}") from error
     return rows
 
@@ -530,13 +521,9 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
     for part in (config, config.get_text_config()):
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
-    # Some classes of tokenizers add an end token to a vocabulary that has none. The model never saw it.
-    rows, end = config.get_text_config().vocab_size, tokenizer.eos_token
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    words = "".join(text_of(model, name) for name in files)
-    is_known = words.startswith("{}") or str(end) in words or json.dumps(end)[1:-1] in words
-    if end is None or tokenizer.eos_token_id >= rows or not is_known:
-        names = [tokenizer.convert_ids_to_tokens(i) for i in declared_ends(model) if i < rows]
+    rows = config.get_text_config().vocab_size
+    if tokenizer.eos_token is None or tokenizer.eos_token_id >= rows:  # some classes make one up
+        names = [tokenizer.convert_ids_to_tokens(i) for i in declared(model)[1] if i < rows]
         tokenizer.eos_token = next(filter(None, names), None)
     if tokenizer.eos_token is None:
         raise InputError(f"--model {model}: neither its tokenizer nor its generation config has an end-of-"
@@ -544,36 +531,32 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
     return config, tokenizer
 
 
-def text_of(model: str, name: str) -> str:
-    """The text of a json file in a model's folder or repository; "{}" if it has none."""
-    path = transformers.utils.cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                                          _raise_exceptions_for_connection_errors=False)
-    return Path(path).read_text(encoding="utf-8") if path else "{}"
-
-
-def declared_ends(model: str) -> list[int]:
-    """The tokens that end an answer as a model's files say; what a config's class says by default is none."""
-    files = [json.loads(text_of(model, name)) for name in ("config.json", "generation_config.json")]
-    ends = (files[0] | files[1]).get("eos_token_id")
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+def declared(model: str) -> tuple[dict, list[int]]:
+    """What a model's generation config holds, and the token ids that end an answer. They are read from the
+    files, because transformers adds its classes' defaults and refuses some generation configs."""
+    find = partial(transformers.utils.cached_file, model, _raise_exceptions_for_missing_entries=False,
+                   _raise_exceptions_for_connection_errors=False)
+    config, generation = (json.loads(Path(path).read_text(encoding="utf-8")) if (path := find(name)) else {}
+                          for name in ("config.json", "generation_config.json"))
+    ends = (config | generation).get("eos_token_id")
+    return generation, ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def load_policy(
     model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
 ) -> Policy:
     """The policy with its weights; `load_config` gave the tokenizer. Raises InputError if it can't be had."""
-    end, pad, generation, ends = tokenizer.eos_token_id, tokenizer.pad_token_id, {}, []
+    config, generation, ends = load_config(model, trust_remote_code=trust_remote_code)[0], {}, []
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        config = load_config(model, trust_remote_code=trust_remote_code)[0]
         loaded = fetch(f"--model {model}", load, model, config=config, dtype=dtype,
                        attn_implementation="sdpa", trust_remote_code=trust_remote_code)
         for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()
-        generation, ends = json.loads(text_of(model, "generation_config.json")), declared_ends(model)
-    rows = loaded.config.get_text_config().vocab_size
+        generation, ends = declared(model)
+    rows, end, pad = config.get_text_config().vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id
     stops = sorted({i for i in [end, *ends] if i < rows})
     # transformers refuses to save some of the generation configs that models come with (a temperature without
     # do_sample). So its own keeps the stops alone, and save_folder writes the rest.

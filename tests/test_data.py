@@ -588,28 +588,18 @@ def test_a_text_prompt_may_leave_a_tag_open_too():
     assert [e["opened"] for e in examples] == ["<reasoning>", "", "", ""]
 
 
-@pytest.mark.parametrize(
-    "how", ["{{ raise_exception('System role not supported') }}", "{% set messages = [] %}"]
-)
 @pytest.mark.parametrize("prompt", [COUNTDOWN, GSM8K])
-def test_built_in_prompts_suit_templates_without_a_system_role(prompt, how):
-    """Whether such a template refuses the role, or drops its words."""
-    template = (
-        data.CHAT_TEMPLATE.replace(
-            "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
-        )
-        if "set" in how
-        else (f"{{% if messages[0].role == 'system' %}}{how}{{% endif %}}{data.CHAT_TEMPLATE}")
-    )
+def test_built_in_prompts_suit_templates_that_refuse_a_system_role(prompt):
+    refusal = "{{ raise_exception('System role not supported') }}"
     tokenizer = data.tiny_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer.chat_template = (f"{{% if messages[0].role == 'system' %}}{refusal}{{% endif %}}"
+                               f"{data.CHAT_TEMPLATE}")
     text = tokenizer.decode(data.encode_prompt(tokenizer, prompt))
     assert text.startswith(
         f"<|user|>{prompt[0]['content']}\n\n{prompt[1]['content']}<|endoftext|><|assistant|>"
     )
-    if "raise" in how:
-        with pytest.raises(InputError, match="System role not supported.*at the head of the user's"):
-            data.encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *MINI])
+    with pytest.raises(InputError, match="System role not supported.*at the head of the user's"):
+        data.encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *MINI])
 
 
 @pytest.mark.parametrize(
@@ -686,12 +676,9 @@ def test_prompts_that_are_too_long_are_left_out_with_one_warning(tmp_path, capsy
     assert data.tokenize(tokenizer, config, examples, 70) == [examples[i] for i in (0, 2, 5)]
     told = capsys.readouterr().err
     assert told.count("warning") == told.count("\n") == 1 and "3 of 6 prompts, of up to 102 tokens" in told
-    assert (
-        all(f"a.csv, line {n}" in told for n in (3, 5, 6))
-        and "2 fit with --max-new-tokens 39" in told
-    )
+    assert all(f"a.csv, line {n}" in told for n in (3, 5, 6)) and "--max-new-tokens 70" in told
     assert len(data.tokenize(tokenizer, config, examples, 39)) == 5
-    assert "shorten them" in capsys.readouterr().err
+    assert "shorten them, or lower it" in capsys.readouterr().err
     with pytest.raises(InputError, match="6 of 6 prompts.* exceed the model's context of 100"):
         data.tokenize(tokenizer, config, examples, 98)
     made = load("mini-countdown", train_examples=1)[0]
@@ -777,13 +764,10 @@ def tokenizer_without_end(folder):
 
 @pytest.mark.parametrize("tokenizer_class", ["Qwen2Tokenizer", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("declared", [256, [256], [10**6, 256], None, 10**6])
-@pytest.mark.parametrize("rows", [257, 320])  # past the embeddings, or among rows that only pad them
-def test_an_end_token_comes_from_the_tokenizer_or_the_generation_config(
-    tmp_path, tokenizer_class, declared, rows
-):
-    """Qwen2Tokenizer makes up an <|endoftext|> with id 257 for a folder that has none."""
+def test_an_end_token_comes_from_the_tokenizer_or_the_generation_config(tmp_path, tokenizer_class, declared):
+    """Qwen2Tokenizer makes up an <|endoftext|>, id 257, past the embeddings, for a folder that has none."""
     config = transformers.Qwen2Config(
-        vocab_size=rows,
+        vocab_size=257,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -805,7 +789,7 @@ def test_an_end_token_comes_from_the_tokenizer_or_the_generation_config(
     _, tokenizer = data.load_config(str(tmp_path))
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<stop>", 256)
     policy = data.load_policy(str(tmp_path), tokenizer, dtype=torch.float32, device="cpu")
-    assert policy.stops == [256] and 0 <= policy.pad_token_id < rows
+    assert policy.stops == [256] and 0 <= policy.pad_token_id < 257
     data.save_final(policy, tmp_path / "run")
     _, again = data.load_config(str(tmp_path / "run" / "final"))
     assert again.eos_token == "<stop>"
