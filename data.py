@@ -10,7 +10,6 @@ Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mix
 """
 
 import csv
-import html
 import importlib
 import itertools
 import json
@@ -22,13 +21,14 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import torch
@@ -227,17 +227,15 @@ APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 
 
 def random_expression(numbers: list[int], operators: str, rng: random.Random) -> tuple[str, Fraction]:
-    """A random expression over all `numbers`, in any order and of any shape, and its exact value."""
-    parts = [(str(number), Fraction(number), 3) for number in numbers]  # text, value, how tightly it binds
+    """A random expression over two or more `numbers`, in any order and of any shape, and its exact value."""
+    parts = [(str(number), Fraction(number)) for number in numbers]
     while len(parts) > 1:
         rng.shuffle(parts)
-        (left, a, left_binds), (right, b, right_binds) = parts.pop(), parts.pop()
+        (left, a), (right, b) = parts.pop(), parts.pop()
         sign = rng.choice([sign for sign in operators if sign != "/" or b != 0])
-        binds = 1 if sign in "+-" else 2
-        left = left if left_binds >= binds else f"({left})"
-        right = right if right_binds > binds or (right_binds == binds and sign in "+*") else f"({right})"
-        parts.append((f"{left} {sign} {right}", APPLY[sign](a, b), binds))
-    return parts[0][0], parts[0][1]
+        parts.append((f"({left} {sign} {right})", APPLY[sign](a, b)))
+    text, value = parts[0]
+    return text[1:-1], value  # without the outermost parentheses
 
 
 def demonstration(example: dict, rng: random.Random) -> str:
@@ -299,10 +297,8 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[Example], 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")  # in any case
 
 
-def load_task(
-    task: str, *, dataset: str | None = None, prompt_format: str | None = None, train_examples: int,
-    eval_examples: int, seed: int,
-) -> tuple[list[Example], list[Example]]:
+def load_task(task: str, *, dataset: str | None = None, prompt_format: str | None = None, train_examples: int,
+              eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples of a task. No prompt is in both. InputError if they can't be had.
 
     `task` is `mini-countdown`, `countdown`, `gsm8k`, or a jsonl, json, csv or parquet file with a `prompt`
@@ -542,9 +538,8 @@ def declared(model: str) -> tuple[dict, list[int]]:
     return generation, ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def load_policy(
-    model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0, trust_remote_code: bool = False
-) -> Policy:
+def load_policy(model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0,
+                trust_remote_code: bool = False) -> Policy:
     """The policy with its weights; `load_config` gave the tokenizer. Raises InputError if it can't be had."""
     config, generation, ends = load_config(model, trust_remote_code=trust_remote_code)[0], {}, []
     if model == "embedded":
@@ -617,14 +612,11 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
         write_json(folder / "config.json", config)
     except OSError as error:
         raise InputError(f"--output-dir {folder.parent}: can't write {folder}: {brief(error)}") from error
-    for old in folder.glob(".*.old"):  # the run was killed while it replaced or removed a folder
-        if old.name in (".best.old", ".final.old") and not (folder / old.name[1:-4]).exists():
-            old.rename(folder / old.name[1:-4])
-        shutil.rmtree(old, ignore_errors=True)
-    later_ones = [c for c in checkpoints(folder) if int(step_of(c)) > step]
-    for later in later_ones + [folder / "best"] * (best_evaluation(folder)["step"] > step):
-        aside = later.rename(folder / f"left-{later.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        warn(f"{later} comes after the checkpoint resumed; it is {aside.name} now")
+    tidy(folder)
+    later = [c for c in checkpoints(folder) if int(step_of(c)) > step]
+    for old in later + [folder / "best"] * (best_evaluation(folder)["step"] > step):
+        aside = old.rename(folder / f"left-{old.name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        warn(f"{old} comes after the checkpoint resumed; it is {aside.name} now")
     kept = {"samples.jsonl": [], "metrics.jsonl": []}
     for path in (folder / name for name in kept if (folder / name).exists()):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -635,6 +627,17 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
         beside.write_text("".join(json.dumps(record) + "\n" for record in kept[path.name]), encoding="utf-8")
         beside.replace(path)
     return kept["metrics.jsonl"]
+
+
+def tidy(folder: Path) -> None:
+    """End what a kill or a failure has left half done. A folder that was to be replaced gets its name back if
+    the new one isn't there; other remains go."""
+    for old in folder.glob(".*.old"):
+        whole = folder / old.name[1:-4]
+        if whole.name in ("best", "final") and not whole.exists():
+            old.rename(whole)
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder / ".partial", ignore_errors=True)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -657,14 +660,13 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None):
     """Write a Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's `state` or the
-    `evaluation` that made it the best. A failure only warns; returns whether it worked. The folder is
-    written beside, synced and renamed, so it appears whole or not at all. One that it replaces is renamed
-    first; if the run is killed between the two, `open_folder` gives the old one its name back."""
+    `evaluation` that made it the best. A failure only warns; returns whether it worked. The folder is written
+    beside, synced and renamed, so it appears whole or not at all. One that it replaces is renamed first."""
     if not first_rank():
         return True
-    beside, old = folder.parent / ".partial", folder.with_name(f".{folder.name}.old")
+    run, beside = folder.parent, folder.parent / ".partial"
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+        tidy(run)
         policy.model.save_pretrained(beside)
         policy.tokenizer.save_pretrained(beside)
         write_json(beside / "generation_config.json", policy.generation | {"eos_token_id": policy.stops})
@@ -676,17 +678,14 @@ def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluat
         for path in [*beside.rglob("*"), beside]:
             sync(path)
         if folder.exists():  # an earlier `best`, or the `final` of a run that is resumed after its end
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
+            folder.rename(run / f".{folder.name}.old")
         beside.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        sync(run)
     except (OSError, RuntimeError, SafetensorError) as error:  # three libraries, one full disk
         warn(f"{folder} could not be saved ({brief(error)})")
-        shutil.rmtree(beside, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         return False
+    finally:
+        tidy(run)
     return True
 
 
@@ -710,16 +709,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> None:
     """Write `checkpoint-<step>`; then remove all but the newest `keep` (0: none). A failure only warns."""
-    checkpoint, removed = folder / f"checkpoint-{state['step']}", folder / ".checkpoint.old"
+    checkpoint = folder / f"checkpoint-{state['step']}"
     if first_rank() and not checkpoint.exists() and save_folder(policy, checkpoint, state=state):
         for old in checkpoints(folder)[:-keep] if keep else []:
             with only_warned(f"{old.name} could not be removed", OSError):
-                shutil.rmtree(removed, ignore_errors=True)
-                shutil.rmtree(old.rename(removed))  # half a checkpoint must not pass for a whole one
+                # Half a checkpoint must not pass for a whole one.
+                shutil.rmtree(old.rename(folder / ".checkpoint.old"))
 
 
 def save_final(policy: Policy, folder: Path) -> None:
-    """Write the run's `final/`. Raises InputError, which says what can be done, if that fails."""
+    """Write the run's `final/`. Raises InputError if that fails."""
     if not save_folder(policy, folder / "final"):
         advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
         raise InputError(f"{folder / 'final'} can't be written; {advice}")
@@ -728,9 +727,7 @@ def save_final(policy: Policy, folder: Path) -> None:
 def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
     """Write `best/` if this evaluation beats that of the model there: by accuracy, then by held-out reward.
     A tie keeps the earlier one. A failure only warns. Returns the evaluation of the model in `best/`."""
-    def rank(e: dict) -> tuple[float, float]:  # runs of an earlier version have no reward
-        return e["accuracy"], -math.inf if e.get("reward") is None else e["reward"]
-
+    rank = lambda e: (e["accuracy"], -math.inf if e.get("reward") is None else e["reward"])
     best = best_evaluation(folder)
     is_better = rank(evaluation) > rank(best) and save_folder(policy, folder / "best", evaluation=evaluation)
     return evaluation if is_better else best
@@ -763,8 +760,7 @@ def settings_of_run(model: str) -> dict:
     try:
         saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(f"{path} is not the settings of a run ({error}); mend it, or give --recipe"
-                         ) from error
+        raise InputError(f"{path} is not the settings of a run ({error}); give --recipe") from error
     names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens", "temperature",
              "eval_examples") if isinstance(saved, dict) and "recipe" in saved else ()  # or another program's
     return {name: saved[name] for name in names if name in saved}
@@ -788,12 +784,10 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
 
 def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
     """What samples.jsonl keeps of a step: the first `groups` prompts with all their completions."""
-    return [
-        {"step": step, "example": {k: v for k, v in e.example.items() if k not in ("prompt_ids", "opened")},
-         "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
-         "finished": e.completion.finished}
-        for e in episodes if e.group < groups
-    ]
+    hidden = ("prompt_ids", "opened")
+    return [{"step": step, "example": {k: v for k, v in e.example.items() if k not in hidden},
+             "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
+             "finished": e.completion.finished} for e in episodes if e.group < groups]
 
 
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
@@ -808,8 +802,7 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
               "completion length (tokens)": (["completion_length"], []),
               "entropy (nats a token)": (["entropy"], [])}  # title: names in training, names held out
     column = lambda name, records: [math.nan if (x := r.get(name)) is None else x for r in records]
-    figure, window = Figure(figsize=(10, 6.5)), max(1, len(metrics) // 20)
-    figure.subplots_adjust(0.06, 0.08, 0.99, 0.95, wspace=0.18, hspace=0.3)
+    figure, window = Figure(figsize=(10, 6.5), layout="constrained"), max(1, len(metrics) // 20)
     for axis, (title, (names, heldout)) in zip(figure.subplots(2, 2).flat, panels.items()):
         for i, name in enumerate(names):
             steps, values = column("step", metrics), torch.tensor(column(name, metrics))
@@ -820,11 +813,9 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
             if measured := [e for e in evaluations if e.get(name) is not None]:
                 axis.plot(column("step", measured), column(name, measured), marks, markersize=5, linewidth=1,
                           label=f"held-out, {'sampled' if 'sampled' in name else 'greedy'}")
-        axis.set_title(title, fontsize=13)
-        axis.set_xlabel("step")
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if len(axis.get_legend_handles_labels()[0]) > 1:
-            axis.legend(fontsize=9)
+        axis.legend(fontsize=9)
     with only_warned(f"{path} can't be drawn", OSError):
         beside = path.with_suffix(".partial.png")
         figure.savefig(beside, dpi=110)
@@ -839,51 +830,41 @@ def import_service(service: str):
     try:
         return importlib.import_module(SERVICES[service])
     except ImportError as error:
-        raise InputError(f"--report-to {service}: can't be imported ({error}); pip install {service}, or "
-                         "drop it") from error
+        raise InputError(f"--report-to {service}: {error}; pip install {service}, or drop it") from error
 
 
 class Dashboard:
-    """Sends the numbers of metrics.jsonl and a few samples to a service ("none": to none), until it fails. A
-    resumed run goes on in the same run there, after `step`; wandb keeps what it has of later steps."""
+    """Sends the numbers of metrics.jsonl to a service, unless it is "none" or has failed. A resumed run goes
+    on in the same run there, after `step`; wandb keeps what it has of later steps."""
 
     def __init__(self, service: str, folder: Path, config: dict, step: int):
-        self.service, self.run = service, None
+        self.failed, self.run = f"--report-to {service} failed", None
         if service == "none" or not first_rank():
             return
-        self.module, name = import_service(service), re.sub(r"[^\w.-]", "-", folder.absolute().name)
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_warned(f"--report-to {service} failed", Exception):
+        with only_warned(self.failed, Exception):
             if service == "tensorboard":
-                self.run = self.module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-                self.run.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", step)
+                writer = import_service(service).SummaryWriter(folder / service, purge_step=step + 1)
+                send = lambda values, step: [writer.add_scalar(name, x, step) for name, x in values.items()]
+                self.run = SimpleNamespace(log=send, finish=writer.close)
             else:
-                ids = [path.name.rpartition("-")[2] for path in folder.glob("wandb/*run-*-*")]
-                more = {"id": ids[-1] if ids else None, "dir": str(folder)} if service == "wandb" else {}
-                self.run = self.module.init(project="grpo_scratch", name=name, config=config, resume="allow",
-                                            **more)
+                ids = [path.name.rpartition("-")[2] for path in folder.glob("wandb/*run-*-*")] or [None]
+                own = {"id": ids[-1], "dir": str(folder)} if service == "wandb" else {}
+                self.run = import_service(service).init(
+                    project="grpo_scratch", name=folder.absolute().name, config=config, resume="allow", **own)
 
-    def log(self, record: dict, samples: Iterable[dict] = (), prefix: str = "") -> None:
-        """Send a record's numbers under their names, after `prefix`, and samples' rewards and texts."""
-        step, run, self.run = record["step"], self.run, None  # after a failure nothing more is sent
+    def log(self, record: dict, prefix: str = "") -> None:
+        """Send a record's numbers under their names, after `prefix`."""
         values = {prefix + k: x for k, x in record.items() if isinstance(x, (int, float)) and k != "step"}
-        text = html.escape("\n\n".join(f"reward {x['reward']:.3f}\n{x['completion']}" for x in samples))
-        with only_warned(f"--report-to {self.service} failed", Exception):
-            if run and self.service == "tensorboard":
-                for name, x in values.items():
-                    run.add_scalar(name, x, step)
-                if text:
-                    run.add_text("samples", f"<pre>{text}</pre>", step)
-                run.flush()
-            elif run:
-                kind = self.module.Html if self.service == "wandb" else self.module.Markdown
-                run.log(values | ({"samples": kind(f"<pre>{text}</pre>")} if text else {}), step=step)
+        run, self.run = self.run, None  # after a failure nothing more is sent
+        with only_warned(self.failed, Exception):
+            if run:
+                run.log(values, step=record["step"])
             self.run = run
 
     def close(self) -> None:
-        with only_warned(f"--report-to {self.service} failed", Exception):
+        with only_warned(self.failed, Exception):
             if self.run:
-                (self.run.close if self.service == "tensorboard" else self.run.finish)()
+                self.run.finish()
 
 
 # ---- What a person sees ------------------------------------------------------------------------------------
@@ -920,17 +901,16 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
              "length": f"{record['completion_length']:.1f}"}
     bar.set_postfix(shown)
     if bar.disable:
-        say(f"step {record['step']}/{steps} {' '.join(f'{k} {v}' for k, v in shown.items())} "
-            f"{record['seconds']:.2f} s" + (f" ({record['skipped']})" if record["skipped"] else ""))
+        skipped = f" ({record['skipped']})" if record["skipped"] else ""
+        numbers = " ".join(f"{name} {x}" for name, x in shown.items())
+        say(f"step {record['step']}/{steps} {numbers} {record['seconds']:.2f} s{skipped}")
     if record["bad_updates"]:
-        warn(f"step {record['step']}: loss, gradient or probabilities are not finite; that update changed "
-             "no weight")
+        warn(f"step {record['step']}: a number is not finite; that update changed no weight")
 
 
 def side_by_side(before: list, after: list) -> str:
     """Held-out (request, greedy answer, whether it is solved) before and after training, in two columns."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2
-    lines = []
+    width, lines = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2, []
     for (request, *old), (_, *new) in zip(before, after):
         columns = []
         for when, (answer, is_solved) in (("before", old), ("after", new)):
@@ -941,24 +921,24 @@ def side_by_side(before: list, after: list) -> str:
     return "\n".join(lines)
 
 
+MEASURES = {"accuracy": "held-out accuracy", "reward": "held-out reward",
+            "sampled_accuracy": "accuracy of {} samples", "pass_at_k": "pass@{}"}
+
+
 def evaluation_in_words(evaluation: dict, samples: int) -> str:
-    names = {"accuracy": "held-out accuracy", "reward": "reward", "sampled_accuracy": "accuracy of samples",
-             "pass_at_k": f"pass@{samples}"}
-    return ", ".join(f"{words} {evaluation[name]:.3f}" for name, words in names.items()
+    return ", ".join(f"{words.format(samples)} {evaluation[name]:.3f}" for name, words in MEASURES.items()
                      if evaluation.get(name) is not None)
 
 
 def report(summary: dict, eval_samples: int, folder: Path) -> str:
     """The table of held-out numbers before and after, and where the files are."""
-    rows = {"accuracy": "held-out accuracy (greedy)", "reward": "held-out reward (greedy)",
-            "sampled_accuracy": f"accuracy of {eval_samples} samples", "pass_at_k": f"pass@{eval_samples}"}
-    lines = ["", f"{'':<28}{'before':>8}{'after':>8}"]
-    for key, name in rows.items():
-        numbers = [summary.get(f"{key}_{when}") for when in ("before", "after")]
-        if None not in numbers:  # not asked for, or only since the run was resumed
-            lines.append(f"{name:<28}{numbers[0]:>8.3f}{numbers[1]:>8.3f}")
-    best = f"best/ (held-out accuracy {summary['best']['accuracy']:.3f}, step {summary['best']['step']})"
-    names = ["curves.png", "samples.jsonl", "final/"] + [best] * (summary["best"]["accuracy"] >= 0)
+    lines, best = ["", f"{'':<28}{'before':>8}{'after':>8}"], summary["best"]
+    for key, words in MEASURES.items():
+        old, new = summary.get(f"{key}_before"), summary.get(f"{key}_after")
+        if old is not None and new is not None:  # not asked for, or only since the run was resumed
+            lines.append(f"{words.format(eval_samples):<28}{old:>8.3f}{new:>8.3f}")
+    told = f"best/ (held-out accuracy {best['accuracy']:.3f}, step {best['step']})"
+    names = ["curves.png", "samples.jsonl", "final/"] + [told] * (best["accuracy"] >= 0)
     lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:"]
     return "\n".join(lines + [f"  {folder}/{name}" for name in names])
 
@@ -967,17 +947,17 @@ def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
     """Warn once of each way in which a run stops learning, with what usually helps."""
     is_cut = lambda m: m["truncated_fraction"] == 1
     is_dropped = lambda m: "every answer truncated" in (m.get("skipped") or "")
-    longer = "a longer --max-new-tokens, or --cold-start-steps to teach the form of an answer, usually help"
+    longer = "a longer --max-new-tokens, or --cold-start-steps to teach the form of an answer,"
     troubles = {  # message: what each of so many last steps shows
         "every answer has hit the length limit for 3 steps, and --skip-truncated drops them all; "
-        f"--skip-truncated false, {longer}": (3, is_dropped),
-        f"every answer has hit the length limit for 20 steps; {longer}":
+        f"--skip-truncated false, {longer} usually helps": (3, is_dropped),
+        f"every answer has hit the length limit for 20 steps; {longer} usually helps":
             (20, lambda m: is_cut(m) and not is_dropped(m)),
-        "rewards have had no spread within any group for 20 steps; nothing is learned. Easier examples, a "
-        "larger --group-size or --temperature, or a reward with more steps in it usually help":
+        "rewards have had no spread within any group for 20 steps, so nothing is learned; easier examples, a "
+        "larger --group-size, a higher --temperature or a reward with more steps usually helps":
             (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
-        "the entropy is nearly zero: all answers to a prompt are the same. A lower --learning-rate, a --beta "
-        "above 0 or a higher --temperature, from the start, usually help":
+        "the entropy is nearly zero: all answers to a prompt are the same; a lower --learning-rate, a --beta "
+        "above 0 or a higher --temperature, from the start, usually helps":
             (20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3 and not is_cut(m)),
         "scoring takes more than a fifth of each step; a reward that is called once for all answers, "
         "(completions, **columns) -> list[float], can score them together or in a pool of processes":
