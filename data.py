@@ -53,8 +53,7 @@ def fetch(what: str, load: Callable, name: str, /, **options):
     """load(name), of a file, a folder or a hub id. Any failure is an InputError about `what`."""
     is_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and Path(name).suffix.lower() not in FILE_TYPES
     if not is_hub_id and not Path(name).exists():
-        raise InputError(f"{what}: no such file or folder; check the path, or give a hub id such as "
-                         "Qwen/Qwen2.5-0.5B-Instruct or openai/gsm8k")
+        raise InputError(f"{what}: no such file or folder; check the path, or give a hub id, OWNER/NAME")
     huggingface_hub.utils.logging.set_verbosity_error()  # it reports each retry; the error repeats them all
     try:
         return load(name, **options)
@@ -85,8 +84,8 @@ PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
     ],
     # The same in the few words that the embedded policy knows.
     "mini-countdown": lambda example: [
-        {"role": "user", "content": f"numbers {' '.join(map(str, example['nums']))} "
-         f"target {example['target']}"},
+        {"role": "user",
+         "content": f"numbers {' '.join(map(str, example['nums']))} target {example['target']}"},
         {"role": "assistant", "content": "<think>"},
     ],
     # As simple_GRPO asks it: the model itself opens and closes both tags.
@@ -133,12 +132,8 @@ def last_request(prompt: str | list[dict]) -> str:
     return ([m["content"] for m in prompt if m["role"] != "assistant"] or [prompt[0]["content"]])[-1]
 
 
-# ---- Prompts and demonstrations as token ids ---------------------------------------------------------------
-
-
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt: text as it stands, or chat messages as the tokenizer's template writes them. A
-    last message from the assistant begins the answer. Without a template, messages are lines."""
+    """Token ids of a prompt: text as it stands, or messages by the chat template (without one, as lines)."""
     return encode(tokenizer, prompt)[0]
 
 
@@ -158,8 +153,8 @@ def encode(tokenizer, prompt: str | list[dict]) -> tuple[list[int], str]:
     opened = tag(text)
     if opened and tag(turn) == opened:  # the template has opened it already
         turn = turn.rstrip().removesuffix(opened)
-    is_closed = opened.replace("<", "</") in turn
-    return ids_of(text + turn, add_special_tokens=False), tag(turn) or opened * (not is_closed)
+    still_open = tag(turn) or opened * (opened.replace("<", "</") not in turn)
+    return ids_of(text + turn, add_special_tokens=False), still_open
 
 
 def apply_template(tokenizer, messages: list[dict]) -> str:
@@ -227,7 +222,7 @@ APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 
 
 def random_expression(numbers: list[int], operators: str, rng: random.Random) -> tuple[str, Fraction]:
-    """A random expression over two or more `numbers`, in any order and of any shape, and its exact value."""
+    """A random expression over all `numbers`, in any order and of any shape, and its exact value."""
     parts = [(str(number), Fraction(number)) for number in numbers]
     while len(parts) > 1:
         rng.shuffle(parts)
@@ -235,20 +230,17 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
         sign = rng.choice([sign for sign in operators if sign != "/" or b != 0])
         parts.append((f"({left} {sign} {right})", APPLY[sign](a, b)))
     text, value = parts[0]
-    return text[1:-1], value  # without the outermost parentheses
+    return text.removeprefix("(").removesuffix(")"), value
 
 
 def demonstration(example: dict, rng: random.Random) -> str:
-    """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown.
-
-    An attempt's format and arithmetic are right. GRPO has to teach which expression hits the target. Plus
-    comes twice as often as others: before GRPO it is the greedy answer to all problems, whatever the seed.
-    """
+    """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown. An
+    attempt's format and arithmetic are right. GRPO has to teach which expression hits the target. Plus comes
+    twice as often as others: before GRPO it is the greedy answer to all problems, whatever the seed."""
     if isinstance(example.get("completion"), str):
         return example["completion"]
     if "nums" not in example or "target" not in example:
-        raise InputError("--cold-start-steps: the task's rows have no text in a `completion` column to learn "
-                         "from; add one, or drop the flag")
+        raise InputError("--cold-start-steps needs text in a `completion` column; add it, or drop the flag")
     nums, target, compared = example["nums"], example["target"], ""
     if len(nums) == 2:  # how the target compares with the first number says much about the operator
         a, b = nums
@@ -308,8 +300,7 @@ def load_task(task: str, *, dataset: str | None = None, prompt_format: str | Non
     source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
     if task == "mini-countdown":
         if dataset:
-            raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it, "
-                             "or use --task countdown")
+            raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it")
         train, heldout = mini_countdown_split(eval_examples, seed)
     elif task == "countdown" and dataset is None:
         problems = countdown_problems(train_examples + eval_examples, seed)
@@ -324,8 +315,8 @@ def load_task(task: str, *, dataset: str | None = None, prompt_format: str | Non
         example["prompt"] = PROMPTS[prompt_format](example)
         if "reasoning" in example:  # gsm8k's solution, with the tags that its prompt asks for
             tag = "reasoning" if prompt_format == "gsm8k-reasoning" else "think"
-            example["completion"] = (f"<{tag}>{example['reasoning']}</{tag}>\n"
-                                     f"<answer>{example['answer']}</answer>")
+            answer = f"<answer>{example['answer']}</answer>"
+            example["completion"] = f"<{tag}>{example['reasoning']}</{tag}>\n{answer}"
     key = countdown_key if task == "countdown" else lambda e: json.dumps(e["prompt"], default=str)
     held, known = {key(example) for example in heldout}, {key(example) for example in train}
     if known <= held:
@@ -411,31 +402,25 @@ def make_example(row: dict, task: str, where: str) -> Example:
     """The example made of one row. Raises InputError, with the row's place, if it can't be used."""
     if not isinstance(row, dict):
         raise InputError(f'{where}: {row!r:.80} is not a JSON object, like {{"prompt": "2 + 2?"}}')
-    example = Example(row)
-    if task == "countdown":
-        needed = "nums must be a list of at least two whole numbers and target a whole number"
-        nums, target = row.get("nums"), row.get("target")
-        is_fine = isinstance(nums, list) and len(nums) > 1 and all(type(n) is int for n in [*nums, target])
-        example = Example(nums=nums, target=target)
-    elif task == "gsm8k":
-        needed = "question and answer must be text, the answer with its number after ####"
-        question, solution = row.get("question"), row.get("answer")
-        is_fine = isinstance(question, str) and isinstance(solution, str) and "####" in solution
-        reasoning, _, answer = map(str.strip, str(solution).rpartition("####"))
-        example = Example(question=question, answer=answer.replace(",", ""), reasoning=reasoning)
-    else:
-        needed = 'prompt must be text or a list of {"role", "content"} messages'
-        prompt = row.get("prompt")
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        is_fine = prompt and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                 and isinstance(m.get("content"), str) for m in messages)
-        if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", prompt):
-            is_fine, needed = False, f"{needed}, not messages written as text: keep those in a jsonl file"
-    try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        is_fine, needed = False, f"{error.object[error.start]!r}, a lone surrogate, is only half a character"
-    if not is_fine:
+    messages_as_text = r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:"
+    is_message = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+    built_in = {"countdown": "nums must be a list of at least two whole numbers and target a whole number",
+                "gsm8k": "question and answer must be text, the answer with its number after ####"}
+    needed = built_in.get(task, 'prompt must be text or a list (not text) of {"role", "content"} messages')
+    example = None
+    match task if task in built_in else "prompt", row:
+        case "countdown", {"nums": [_, _, *_] as nums, "target": int(x)} if all(type(n) is int for n in nums):
+            example = Example(nums=nums, target=x)
+        case "gsm8k", {"question": str() as question, "answer": str() as answer} if "####" in answer:
+            reasoning, _, answer = map(str.strip, answer.rpartition("####"))
+            example = Example(question=question, answer=answer.replace(",", ""), reasoning=reasoning)
+        case "prompt", {"prompt": str() as prompt} if prompt and not re.match(messages_as_text, prompt):
+            example = Example(row)
+        case "prompt", {"prompt": [_, *_] as messages} if all(map(is_message, messages)):
+            example = Example(row)
+    if half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
+        example, needed = None, f"{half[0]!r}, a lone surrogate, is only half a character"
+    if example is None:
         shown = ", ".join(f"{column} = {value!r:.60}" for column, value in row.items())
         raise InputError(f"{where}: {needed}; this row has {shown}")
     example.where = where
@@ -599,7 +584,7 @@ def refuse_full_disk(folder: Path, bytes_needed: float) -> None:
 
 def existing(folder: Path) -> Path:
     """The folder itself, or the nearest one above it that exists."""
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
@@ -630,8 +615,7 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
 
 
 def tidy(folder: Path) -> None:
-    """End what a kill or a failure has left half done. A folder that was to be replaced gets its name back if
-    the new one isn't there; other remains go."""
+    """Remove what a kill or a failure left. A folder gets its name back if the new one isn't there."""
     for old in folder.glob(".*.old"):
         whole = folder / old.name[1:-4]
         if whole.name in ("best", "final") and not whole.exists():
@@ -648,14 +632,12 @@ def write_json(path: Path, value: dict) -> None:
 def append_lines(path: Path, records: list[dict]) -> None:
     """Add JSON lines in one write. On a full disk the file keeps whole lines, and training goes on."""
     if first_rank():
-        size = path.stat().st_size if path.exists() else 0
-        with only_warned(f"{path} can't be written", OSError):
-            try:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
-            except OSError:
-                os.truncate(path, size)
-                raise
+        lines = "".join(json.dumps(record, default=str) + "\n" for record in records).encode()
+        with only_warned(f"{path} can't be written", OSError), path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(lines) < len(lines):
+                file.truncate(size)
+                raise OSError("no space left")
 
 
 def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None):
@@ -734,10 +716,9 @@ def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
 
 
 def best_evaluation(folder: Path) -> dict:
-    """The evaluation of the model in `best/`, or one that any other beats. Other ranks than the first don't
-    look, as they might do so while it replaces the folder."""
+    """The evaluation of the model in `best/`, or one that any other beats."""
     path = folder / "best" / EVALUATION
-    if first_rank() and path.is_file():
+    if first_rank() and path.is_file():  # another rank might look while the first one replaces the folder
         return json.loads(path.read_text(encoding="utf-8"))
     return {"accuracy": -1.0, "step": 0}
 
@@ -897,13 +878,12 @@ def has_terminal() -> bool:
 
 def show_step(bar: tqdm, record: dict, steps: int) -> None:
     """A step's numbers: on a terminal in the bar, elsewhere (a log file) in a plain line."""
-    shown = {"reward": f"{record['reward']:.3f}", "accuracy": f"{record['accuracy']:.3f}",
-             "length": f"{record['completion_length']:.1f}"}
-    bar.set_postfix(shown)
+    shown = (f"reward={record['reward']:.3f} accuracy={record['accuracy']:.3f} "
+             f"length={record['completion_length']:.1f}")
+    bar.set_postfix_str(shown)
     if bar.disable:
         skipped = f" ({record['skipped']})" if record["skipped"] else ""
-        numbers = " ".join(f"{name} {x}" for name, x in shown.items())
-        say(f"step {record['step']}/{steps} {numbers} {record['seconds']:.2f} s{skipped}")
+        say(f"step {record['step']}/{steps} {shown.replace('=', ' ')} {record['seconds']:.2f} s{skipped}")
     if record["bad_updates"]:
         warn(f"step {record['step']}: a number is not finite; that update changed no weight")
 
@@ -947,20 +927,20 @@ def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
     """Warn once of each way in which a run stops learning, with what usually helps."""
     is_cut = lambda m: m["truncated_fraction"] == 1
     is_dropped = lambda m: "every answer truncated" in (m.get("skipped") or "")
-    longer = "a longer --max-new-tokens, or --cold-start-steps to teach the form of an answer,"
+    longer = "a longer --max-new-tokens, or --cold-start-steps to teach an answer's form, usually helps"
     troubles = {  # message: what each of so many last steps shows
         "every answer has hit the length limit for 3 steps, and --skip-truncated drops them all; "
-        f"--skip-truncated false, {longer} usually helps": (3, is_dropped),
-        f"every answer has hit the length limit for 20 steps; {longer} usually helps":
+        f"--skip-truncated false, {longer}": (3, is_dropped),
+        f"every answer has hit the length limit for 20 steps; {longer}":
             (20, lambda m: is_cut(m) and not is_dropped(m)),
         "rewards have had no spread within any group for 20 steps, so nothing is learned; easier examples, a "
         "larger --group-size, a higher --temperature or a reward with more steps usually helps":
             (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
-        "the entropy is nearly zero: all answers to a prompt are the same; a lower --learning-rate, a --beta "
-        "above 0 or a higher --temperature, from the start, usually helps":
+        "the entropy is nearly zero, so answers to a prompt are all the same; start again with a lower "
+        "--learning-rate, a --beta above 0 or a higher --temperature":
             (20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3 and not is_cut(m)),
-        "scoring takes more than a fifth of each step; a reward that is called once for all answers, "
-        "(completions, **columns) -> list[float], can score them together or in a pool of processes":
+        "scoring takes more than a fifth of each step; a reward for all answers at once, "
+        "(completions, **columns) -> list[float], can use a pool of processes":
             (3, lambda m: m.get("scoring_seconds", 0) > m["seconds"] / 5),
     }
     for message, (steps, shows) in troubles.items():
