@@ -278,8 +278,7 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[Example], 
     problems = [Example(nums=[b, a], target=target)
                 for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})]
     if eval_examples > len(problems) // 2:
-        raise InputError(f"--eval-examples {eval_examples}: mini-countdown has {len(problems)} problems in "
-                         "all; hold out at most half of them")
+        raise InputError(f"--eval-examples {eval_examples} is over half of all {len(problems)} problems; lower it")
     heldout, last = problems[:eval_examples], sorted(problems[eval_examples - 1]["nums"])
     return [p for p in problems[eval_examples:] if sorted(p["nums"]) != last], heldout
 
@@ -291,12 +290,10 @@ FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")  # in any case
 
 def load_task(task: str, *, dataset: str | None = None, prompt_format: str | None = None, train_examples: int,
               eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples of a task. No prompt is in both. InputError if they can't be had.
-
-    `task` is `mini-countdown`, `countdown`, `gsm8k`, or a jsonl, json, csv or parquet file with a `prompt`
-    column. `dataset` (a hub id, a local folder or a file) replaces the task's own source. `seed` chooses and
-    orders at most `train_examples` and exactly `eval_examples`, from the `test` split if there is one.
-    """
+    """Training and held-out examples of a task. No prompt is in both. Raises InputError if they can't be had.
+    `task` is mini-countdown, countdown, gsm8k, or a jsonl, json, csv or parquet file with a `prompt` column.
+    `dataset` (a hub id, a local folder or a file) replaces the task's own source. `seed` chooses and orders
+    at most `train_examples` and exactly `eval_examples`, from the `test` split if there is one."""
     source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
     if task == "mini-countdown":
         if dataset:
@@ -344,8 +341,7 @@ def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[
     train = splits.get("train") or next(iter(splits.values()))
     heldout = splits.get("test") or train
     if len(heldout) < eval_examples:
-        raise InputError(f"{source}: --eval-examples {eval_examples} can't be held out of {len(heldout)} "
-                         "rows; lower it, or add rows")
+        raise InputError(f"{source}: {len(heldout)} rows are too few; lower --eval-examples {eval_examples}")
     heldout = random.Random(seed).sample(heldout, eval_examples)
     return [[make_example(row, task, f"{source}, {unit} {number}") for number, row in rows]
             for rows in (train, heldout)]
@@ -355,8 +351,6 @@ def read_file(source: str) -> list[tuple[int, dict]]:
     """The rows of a file, each after its line, or its number in a JSON list or a parquet file. Values are
     what the file says; `datasets` would lose a csv's words None and NA, and change dates and "007"."""
     path, kind, number, rows = Path(source), Path(source).suffix.lower(), 0, []
-    if kind not in FILE_TYPES:
-        raise InputError(f"{source}: not one of the file types {', '.join(FILE_TYPES)}; convert it")
     if kind == ".parquet":
         import pyarrow.parquet
 
@@ -406,7 +400,7 @@ def make_example(row: dict, task: str, where: str) -> Example:
     is_message = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
     built_in = {"countdown": "nums must be a list of at least two whole numbers and target a whole number",
                 "gsm8k": "question and answer must be text, the answer with its number after ####"}
-    needed = built_in.get(task, 'prompt must be text or a list (not text) of {"role", "content"} messages')
+    needed = built_in.get(task, 'prompt must be text or a list of {"role", "content"} messages')
     example = None
     match task if task in built_in else "prompt", row:
         case "countdown", {"nums": [_, _, *_] as nums, "target": int(x)} if all(type(n) is int for n in nums):
@@ -414,7 +408,9 @@ def make_example(row: dict, task: str, where: str) -> Example:
         case "gsm8k", {"question": str() as question, "answer": str() as answer} if "####" in answer:
             reasoning, _, answer = map(str.strip, answer.rpartition("####"))
             example = Example(question=question, answer=answer.replace(",", ""), reasoning=reasoning)
-        case "prompt", {"prompt": str() as prompt} if prompt and not re.match(messages_as_text, prompt):
+        case "prompt", {"prompt": str() as prompt} if re.match(messages_as_text, prompt):
+            needed += ", not messages written as text: keep those in a jsonl file"
+        case "prompt", {"prompt": str() as prompt} if prompt:
             example = Example(row)
         case "prompt", {"prompt": [_, *_] as messages} if all(map(is_message, messages)):
             example = Example(row)
@@ -497,8 +493,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
     )
     if quantized := getattr(config, "quantization_config", None):
         method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
-        raise InputError(f"--model {model}: its weights are quantized ({method}), and all of them are to be "
-                         "trained; use the unquantized model")
+        raise InputError(f"--model {model}: its weights are quantized ({method}); use the unquantized model")
     for part in (config, config.get_text_config()):
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
@@ -592,11 +587,8 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
     later (checkpoints, `best/`) belongs to the course that was left, and is renamed."""
     if not first_rank():
         return []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config)
-    except OSError as error:
-        raise InputError(f"--output-dir {folder.parent}: can't write {folder}: {brief(error)}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
     tidy(folder)
     later = [c for c in checkpoints(folder) if int(step_of(c)) > step]
     for old in later + [folder / "best"] * (best_evaluation(folder)["step"] > step):
@@ -730,8 +722,7 @@ def load_state(checkpoint: Path) -> dict:
         if missing := {"config", "limits", "step"} - set(state):
             raise ValueError(f"it is not the state of a run, it has no {' and no '.join(sorted(missing))}")
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"--resume: {checkpoint / STATE} can't be read: {brief(error)}; use another "
-                         "checkpoint") from error
+        raise InputError(f"{checkpoint / STATE} can't be read: {brief(error)}; use another one") from error
     return state
 
 

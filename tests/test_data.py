@@ -240,8 +240,8 @@ def test_gsm8k_is_asked_for_by_its_name_and_configuration(monkeypatch):
 
 @pytest.mark.parametrize("name, content, told", [
     ("gone.jsonl", None, "no such file"),
-    ("empty.jsonl", "", "can't be held out of 0 rows"),
-    ("empty.csv", "", "can't be held out of 0 rows"),
+    ("empty.jsonl", "", "0 rows are too few; lower --eval-examples 2"),
+    ("empty.csv", "", "0 rows are too few; lower --eval-examples 2"),
     ("noprompt.jsonl", '{"question": "hi"}\n' * 5, "line 1: prompt must .*; this row has question = 'hi'$"),
     ("noprompt.csv", "question,answer\na,b\nc,d\ne,f\n",
      "line 2: prompt must be .*; this row has question = 'a', answer = 'b'$"),
@@ -258,15 +258,15 @@ def test_gsm8k_is_asked_for_by_its_name_and_configuration(monkeypatch):
     ("surrogate.jsonl", '{"prompt": "a"}\n\n{"prompt": "b \\ud83d"}\n', r"line 3: '\\ud83d', a lone"),
     ("surrogate.json", '[{"prompt": "a"}, {"prompt": "b", "n": ["\\udc00"]}]', r"row 2: '\\udc00', a lone"),
     ("messages.csv", "prompt\nhi\n\"[{'role': 'user', 'content': 'x'}]\"\nyou\n",
-     "line 3: prompt must .* list .not text. of"),
+     "line 3: prompt must .*, not messages written as text"),
     ("messages.jsonl", json.dumps({"prompt": '[{"content": "x", "role": "user"}]'}) + '\n{"prompt": "a"}',
-     "line 1: prompt must .* list .not text. of"),
+     "line 1: prompt must .*, not messages written as text"),
     ("number.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": 3}\n{"prompt": "c"}\n',
      "line 3: prompt must be"),
     ("role.jsonl", '{"prompt": [{"text": "a"}]}\n' * 4, "line .: prompt must be"),
     ("broken.parquet", "not parquet", "can't be loaded .ArrowInvalid"),
     ("notes.txt", "a", "not a task"),
-    ("short.jsonl", '{"prompt": "a"}\n', "--eval-examples 2 can't be held out of 1 rows"),
+    ("short.jsonl", '{"prompt": "a"}\n', "1 rows are too few; lower --eval-examples 2"),
     ("same.jsonl", '{"prompt": "a"}\n' * 9, "nothing is left to train on. All 9 rows have the same prompt"),
     ("few.csv", "prompt\n" + "a\nb\n", "All 2 rows have 2 different prompts, held out"),
 ])
@@ -282,7 +282,7 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path, name, content, told):
     ("sudoku", {}, "not a task; use countdown, gsm8k"),
     ("countdown", {"dataset": "no/such/place"}, "no such file or folder"),
     ("mini-countdown", {"dataset": "x"}, "makes its own"),
-    ("mini-countdown", {"eval_examples": 10**4}, "hold out at most half"),
+    ("mini-countdown", {"eval_examples": 10**4}, "over half of all"),
     ("gsm8k", {"dataset": "nobody/nothing"}, "can't be loaded"),
 ])
 def test_a_bad_task_is_refused_with_what_is_allowed(task, options, told):

@@ -986,10 +986,6 @@ def test_tensorboard_shows_the_numbers_of_metrics_jsonl_and_a_resumed_run_goes_o
         shown = [(e.step, e.value) for e in events.Scalars(name)]
         assert shown == [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics]
     assert [e.step for e in events.Scalars("held-out/accuracy")] == [0, 2, 4]
-    config, samples = (events.Tensors(f"{name}/text_summary") for name in ("config", "samples"))
-    assert '"learning_rate": 0.001' in config[-1].tensor_proto.string_val[0].decode()
-    first = lines(run / "samples.jsonl")[0]
-    assert f"reward {first['reward']:.3f}" in samples[0].tensor_proto.string_val[0].decode()
 
 
 class StandIn:
@@ -1009,9 +1005,7 @@ class StandIn:
 
 
 @pytest.mark.parametrize("service", ["wandb", "trackio"])
-def test_services_get_numbers_samples_and_config_and_the_same_run_again(
-    service, tmp_path, own_task, monkeypatch
-):
+def test_services_get_numbers_and_config_and_the_same_run_again(service, tmp_path, own_task, monkeypatch):
     module = StandIn()
     monkeypatch.setitem(sys.modules, service, module)
     config = quick(tmp_path, save_every=2, report_to=service, **own_task)
@@ -1027,7 +1021,6 @@ def test_services_get_numbers_samples_and_config_and_the_same_run_again(
     for m in lines(tmp_path / "run" / "metrics.jsonl"):
         assert logged[m["step"], "reward"] == m["reward"]
     assert [step for step, name in logged if name == "held-out/accuracy"] == [0, 2, 3]
-    assert logged[1, "samples"][0].startswith("<pre>reward ")
     assert [name for name, *_ in module.calls].count("finish") == 2
 
 
