@@ -278,7 +278,7 @@ def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[Example], 
     problems = [Example(nums=[b, a], target=target)
                 for a, b in pairs for target in sorted({a + b, b - a, a * b} - {0})]
     if eval_examples > len(problems) // 2:
-        raise InputError(f"--eval-examples {eval_examples} is over half of all {len(problems)} problems; lower it")
+        raise InputError(f"--eval-examples {eval_examples}: hold out at most {len(problems) // 2} problems")
     heldout, last = problems[:eval_examples], sorted(problems[eval_examples - 1]["nums"])
     return [p for p in problems[eval_examples:] if sorted(p["nums"]) != last], heldout
 
@@ -843,8 +843,7 @@ class Dashboard:
 
 
 def say(message: str = "", file=None, from_all: bool = False) -> None:
-    """Print a line for people, past the bars. Only the first rank prints, unless `from_all` is true. A reader
-    that has gone ends no run (Ctrl-C ends `| tee` too)."""
+    """Print a line past the bars, on the first rank or `from_all`. A reader that has gone ends no run."""
     file = file or sys.stdout
     if not (first_rank() or from_all) or file is None or file.closed:  # closed outright, as by `>&-`
         return
@@ -852,7 +851,7 @@ def say(message: str = "", file=None, from_all: bool = False) -> None:
     try:
         tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=file)
         file.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # Ctrl-C ends `| tee` too
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
     except OSError:
         pass  # a log on a full disk; later lines may fit again

@@ -282,7 +282,7 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path, name, content, told):
     ("sudoku", {}, "not a task; use countdown, gsm8k"),
     ("countdown", {"dataset": "no/such/place"}, "no such file or folder"),
     ("mini-countdown", {"dataset": "x"}, "makes its own"),
-    ("mini-countdown", {"eval_examples": 10**4}, "over half of all"),
+    ("mini-countdown", {"eval_examples": 10**4}, "hold out at most"),
     ("gsm8k", {"dataset": "nobody/nothing"}, "can't be loaded"),
 ])
 def test_a_bad_task_is_refused_with_what_is_allowed(task, options, told):
