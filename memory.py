@@ -368,15 +368,16 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         states, params = saved["state"], self._params()
         # Tensor by tensor, because pickling takes three times as much.
-        layouts = gather(lambda: [(i, moved(x, "meta")) for i, x in states.items()]) if self.ranks > 1 else []
+        layouts = gather(lambda: [(i, moved(x, "meta")) for i, x in states.items()])
         for i, layout in layouts:
             owner = self.owner[params[i]]
-            if self.rank == 0 and owner != 0:
+            if owner == 0 or self.rank not in (0, owner):
+                continue
+            if self.rank == 0:
                 states[i] = {k: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x
                              for k, x in layout.items()}
-            for x in states[i].values() if owner != 0 and self.rank in (0, owner) else ():
-                if isinstance(x, Tensor):
-                    dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
+            for x in filter(torch.is_tensor, states[i].values()):
+                dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
         saved["state"] = dict(sorted(states.items()))
         return saved
 
@@ -390,18 +391,19 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(f"AdamW8bit: {len(saved)} parameters were saved, the model has {len(params)}")
-        mine = [(p, state) for p, state in zip(params, saved) if self.owner[p] == self.rank and any(saved)]
-        self.make_state()
-        shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
-        for p, state in mine:
-            if shapes(state) != shapes(self.state[p]):
-                raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
-                                 f"{list(p.shape)}; load the model and dtype that were saved")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
         if not any(saved):  # the optimizer that was saved had made no step
             self.state.clear()
-        for p, state in mine:
+            return
+        self.make_state()
+        shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
+        for p, state in zip(params, saved):
+            if self.owner[p] != self.rank:
+                continue
+            if shapes(state) != shapes(self.state[p]):
+                raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
+                                 f"{list(p.shape)}; load the model and dtype that were saved")
             for k, x in state.items():
                 self.state[p][k] = self.state[p][k].copy_(x) if isinstance(x, Tensor) else x
 
@@ -531,8 +533,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     """Set a causal LM's attention to packed_attention; returns its backbone and its head's weight [V, H].
 
     It proves two things by computing. Logits are just hidden @ weight.T: the hidden states are scaled until
-    logits reach 100, where a soft cap or a scale shows. Packed rows come out as they did alone. Ordinary
-    input is treated as before. Raises ValueError, with the cause where it is known.
+    logits reach 100, where a soft cap or a scale shows. Packed tokens come out as they did in padded rows.
+    Ordinary input is treated as before. Raises ValueError, with the cause where it is known.
     """
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary input gets SDPA's masks
@@ -542,8 +544,7 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         raise ValueError(f"{name} has no backbone with a linear head; use a causal LM, like Qwen2ForCausalLM")
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"{name}: its head has a bias, but logits must be just hidden @ weight.T")
-
-    seen, prompt, completions = [], [0, 1], [[2], [1, 0]]
+    seen = []  # stays empty where the head goes past the backbone
 
     def scale_output(module, args, output):
         hidden = output.last_hidden_state
@@ -553,23 +554,20 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
 
     with backbone.register_forward_hook(scale_output):  # causal: padding needs no mask
         rows = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]], device=weight.device)
-        logits = model(rows, use_cache=False).logits
-    expected = F.linear(seen[1], weight) if seen else None
-    if not seen or logits.shape != expected.shape or not torch.allclose(
-        logits.float(), expected.float(), 0.02, 0.02
-    ):
+        logits = model(rows, use_cache=False).logits.float()
+    expected = F.linear(seen[1], weight).float() if seen else logits.new_empty(0)
+    if logits.shape != expected.shape or not torch.allclose(logits, expected, 0.02, 0.02):
         known = ((key, getattr(model.config.get_text_config(), key, None)) for key in
                  ("final_logit_softcapping", "logits_scaling", "logit_scale"))
         cause = " and ".join(f"{key} is {x}" for key, x in known if x) or "cause unknown"
         raise ValueError(f"{name}: logits are not just hidden @ weight.T ({cause}); use a model with a plain "
                          "head, like Qwen2, Qwen3, Llama or Mistral")
-    alone = [row[: len(prompt + completion)] for row, completion in zip(seen[0], completions)]
     try:
         model.set_attn_implementation("packed")
-        layout = on_device(pack([prompt] * 2, completions), weight.device)
-        hidden = packed_hidden_states(backbone, *layout)
-        packed = [hidden[place[: len(row)]] for place, row in zip(layout[-1][0, 0], alone)]
-        same = all((x - y).float().norm() < 0.05 * y.float().norm() for x, y in zip(packed, alone))
+        ids, positions, slots, places = on_device(pack([[0, 1]] * 2, [[2], [1, 0]]), weight.device)
+        packed = packed_hidden_states(backbone, ids, positions, slots, places).float()
+        in_rows = seen[0].flatten(0, 1)[slots].float()
+        same = (packed - in_rows).norm() < 0.05 * in_rows.norm()
     except (RuntimeError, TypeError, ValueError) as error:  # from attention that doesn't know these arguments
         if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "CUDA" in str(error):
             raise
@@ -635,12 +633,8 @@ class ReferencePolicy:
     def refresh(self) -> None:
         self.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The reference's weights by parameter name, on the host: the tensors themselves, no copies."""
-        return dict(self.weights)
-
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over what state_dict() gave. Raises ValueError if it is of another model."""
+        """Take over the `weights` of another one. Raises ValueError if they are of another model."""
         if {k: x.shape for k, x in state_dict.items()} != {k: x.shape for k, x in self.weights.items()}:
             raise ValueError("ReferencePolicy: the saved weights' names or shapes are not this model's")
         for name, weight in state_dict.items():
@@ -736,12 +730,13 @@ class RowCache(transformers.Cache):
     at each step; the prompt of a row that is admitted late ends at the current column. Positions are rotated
     into the keys (RoPE) before they arrive, so a column has no meaning of its own."""
 
-    def __init__(self, rows: int, columns: int):
+    def __init__(self, rows: int, columns: int, column: int, like: Tensor):
         super().__init__(layers=[])
-        self.rows, self.columns = rows, columns
         self.buffers: list[Tensor] = []  # keys, then values of each layer: [rows, KV heads, columns, size]
+        self.blocked = torch.finfo(like.dtype).min  # added to the score of a column that a row must not see
+        self.mask = like.new_full((rows, columns), self.blocked)
         self.live = 0  # rows in use, always the first ones
-        self.column = 0  # where the next token goes
+        self.column = column  # where the next token goes
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Called by the attention layers with one new token for each live row."""
@@ -753,26 +748,32 @@ class RowCache(transformers.Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.column
 
-    def place(self, prefilled: transformers.DynamicCache, source: Tensor, rows: Tensor) -> None:
+    def place(self, prefilled: transformers.Cache, visible: Tensor, source: Tensor, rows: Tensor) -> None:
         """Copy prompt `source[i]` of a prefilled cache into row `rows[i]`, ending at the current column."""
         filled = [x for layer in prefilled.layers for x in (layer.keys, layer.values)]
         if not self.buffers:
-            self.buffers = [x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in filled]
+            n, columns = self.mask.shape
+            self.buffers = [x.new_zeros(n, x.shape[1], columns, x.shape[3]) for x in filled]
+        end, begin = self.column, self.column - visible.shape[1]
         for buffer, x in zip(self.buffers, filled):
-            buffer[rows, :, self.column - x.shape[2] : self.column] = x[source]
+            buffer[rows, :, begin:end] = x[source]
+        self.mask.index_fill_(0, rows, self.blocked)
+        self.mask[rows, begin:end] = torch.where(visible, 0, self.blocked)[source].to(self.mask.dtype)
 
     def shrink(self, live: int, gaps: Tensor, movers: Tensor) -> None:
         """Keep `live` rows: `gaps`, all below that, are overwritten by `movers`, all above it."""
         for buffer in self.buffers:
             buffer[gaps, :, : self.column] = buffer[movers, :, : self.column]
-        self.live = live
+        self.mask[gaps], self.live = self.mask[movers], live
 
-    def forget(self, columns: int) -> None:
-        """Drop the first `columns` columns, which no unfinished row can see."""
-        for buffer in self.buffers:
+    def forget(self, going: list[int], longest: int) -> None:
+        """Drop the columns that no row of `going` sees; `longest` columns stay for a prompt that waits."""
+        seen = (self.mask[going] == 0).any(0).tolist()
+        unseen = min(seen.index(True), self.column - longest)
+        for buffer in (*self.buffers, self.mask[:, None, :, None]):
             live = buffer[: self.live, :, : self.column]
-            live[:, :, :-columns] = live[:, :, columns:].clone()
-        self.column -= columns
+            live[:, :, :-unseen] = live[:, :, unseen:].clone()
+        self.column -= unseen
 
 
 def cache_name(model) -> str:
@@ -854,10 +855,8 @@ def sample(
     # Some to spare, so that old ones are forgotten now and then, not at each step. In whole eights, as CUDA's
     # attention kernels want a mask's rows.
     columns = longest + max_new_tokens + (max_new_tokens // 2 if rows < total else 0)
-    cache = RowCache(rows, math.ceil(columns / 8) * 8)
-    cache.column, as_cache = longest, {cache_name(model): cache}
-    blocked = torch.finfo(model.dtype).min
-    mask = torch.full((rows, cache.columns), blocked, dtype=model.dtype, device=device)  # added to the scores
+    columns, as_cache = math.ceil(columns / 8) * 8, cache_name(model)
+    cache = RowCache(rows, columns, longest, torch.empty(0, dtype=model.dtype, device=device))
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ends = torch.tensor(stops, device=device)
     if temperature:
@@ -872,7 +871,6 @@ def sample(
     # By live row.
     answer, token, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
     done = torch.ones(rows, dtype=torch.bool, device=device)
-    start = torch.zeros(rows, dtype=torch.long)  # on the host: the first column of its prompt
 
     def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
@@ -891,14 +889,10 @@ def sample(
         source = answers // group_size - first // group_size
         batch = prompts[first // group_size : (first + len(free) - 1) // group_size + 1]
         prefilled, visible, logits = prefill(model, batch, pad_token_id)
-        start[free] = cache.column - torch.tensor([len(p) for p in batch])[source]
         where, source, answers = on_device([torch.tensor(free), source, answers], device)
         cache.live = max(cache.live, free[-1] + 1)
-        cache.place(prefilled, source, where)
+        cache.place(prefilled, visible, source, where)
         del prefilled  # its memory is the decoding's
-        seen = torch.where(visible, 0, blocked)[source].to(mask.dtype)
-        mask.index_fill_(0, where, blocked)
-        mask[where, cache.column - seen.shape[1] : cache.column] = seen
         position[where] = visible.sum(1)[source]
         answer[where] = answers
         done.index_fill_(0, where, False)
@@ -908,23 +902,15 @@ def sample(
         """Let the rows that go on be the first ones."""
         live = len(going)
         gaps, movers = sorted(set(range(live)) - set(going)), [row for row in going if row >= live]
-        start[gaps] = start[movers]
         gaps, movers = on_device([torch.tensor(x, dtype=torch.long) for x in (gaps, movers)], device)
-        for state in (mask, answer, token, position, done):
+        for state in (answer, token, position, done):
             state[gaps] = state[movers]
         done[live:] = True
         cache.shrink(live, gaps, movers)
 
-    def forget_columns(going: list[int]) -> None:
-        """Drop columns that only finished rows see; a waiting prompt can still end at the current one."""
-        unseen = min(int(start[going].min()), cache.column - longest)
-        mask[:, : cache.column - unseen] = mask[:, unseen:].clone()
-        cache.forget(unseen)
-        start.sub_(unseen)
-
     admitted = 0
     for step in itertools.count():
-        if step % CHECK_EVERY.get(device.type, 8) == 0 or cache.column == cache.columns:
+        if step % CHECK_EVERY.get(device.type, 8) == 0 or cache.column == columns:
             over = done.tolist()  # here the host waits for the device
             going = [row for row in range(cache.live) if not over[row]]
             free = [row for row in range(rows) if over[row]]
@@ -938,14 +924,14 @@ def sample(
                 continue
             if not going:
                 break
-            if cache.column == cache.columns:
-                forget_columns(going)
+            if cache.column == columns:
+                cache.forget(going, longest)
             if admitted == total and len(going) < cache.live:
                 close_gaps(going)
         live = slice(cache.live)
-        mask[live, cache.column] = 0
-        logits = model(token[live, None], attention_mask=mask[live, None, None, : cache.column + 1],
-                       position_ids=position[live, None], use_cache=True, **as_cache).logits
+        cache.mask[live, cache.column] = 0
+        logits = model(token[live, None], attention_mask=cache.mask[live, None, None, : cache.column + 1],
+                       position_ids=position[live, None], use_cache=True, **{as_cache: cache}).logits
         cache.column += 1
         position += ~done  # a finished row's would run past the context
         record(live, logits[:, -1])
@@ -960,8 +946,7 @@ def refuse_short_windows(config, tokens: int) -> None:
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
     types = set(getattr(config, "layer_types", None) or [default])
-    others = types - {"full_attention"}
-    if others and (others != {"sliding_attention"} or (window or 0) < tokens):
+    if types - ({"full_attention", "sliding_attention"} if (window or 0) >= tokens else {"full_attention"}):
         raise ValueError(f"the model's layers ({', '.join(sorted(types))}, window {window}) don't see all of "
                          f"{tokens} tokens; use a model with full attention, or a shorter --max-new-tokens")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

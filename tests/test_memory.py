@@ -896,10 +896,10 @@ def test_refresh_makes_the_policy_the_reference_and_keeps_them_apart():
         assert all(same(p.data, q.data) for p, q in zip(model.parameters(), policy.parameters()))
 
     other = memory.ReferencePolicy(tiny("qwen2-tied"))
-    other.load_state_dict(reference.state_dict())
-    assert all(same(other.weights[k], x) for k, x in reference.state_dict().items())
+    other.load_state_dict(reference.weights)
+    assert all(same(other.weights[k], x) for k, x in reference.weights.items())
     with pytest.raises(ValueError, match="ReferencePolicy"):
-        other.load_state_dict(memory.ReferencePolicy(tiny("qwen2-untied")).state_dict())
+        other.load_state_dict(memory.ReferencePolicy(tiny("qwen2-untied")).weights)
 
 
 @pytest.mark.parametrize("fails_at", [1, 30, "within", 95, None])
@@ -1677,13 +1677,15 @@ def test_sampling_looks_at_finished_rows_once_in_eight_steps_and_waits_for_nothi
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: looks.append(x) or tolist(x))
     with waits:
-        memory.sample(model, SAMPLED, group_size=2, max_new_tokens=40, eos_token_id=[3, 4, 5, 6],
+        memory.sample(model, SAMPLED, group_size=4, max_new_tokens=40, eos_token_id=[3, 4, 5, 6],
                       pad_token_id=0, max_rows=5)
     assert waits.seen == []
     assert len(steps) > 50
     of_rows = [x for x in looks if x.shape == (5,)]
-    assert len(looks) - len(of_rows) == 4  # the answers, at the end
-    assert len(of_rows) <= len(steps) / 8 + 10  # and when the cache's last column is reached
+    of_columns = [x for x in looks if x.dtype == torch.bool and x.shape != (5,)]
+    assert len(looks) - len(of_rows) - len(of_columns) == 4  # the answers, at the end
+    assert len(of_rows) <= len(steps) / 8 + 10  # and when the cache's last column is reached,
+    assert 0 < len(of_columns) <= 10  # where it looks for columns to forget
 
 
 def test_our_own_calls_warn_of_nothing_that_will_change():
