@@ -6,7 +6,6 @@ what you need: this file imports nothing of the project. Left out on purpose: Lo
 weights, models whose logits are not hidden @ weight.T.
 """
 
-import copy
 import gc
 import http.client
 import inspect
@@ -41,8 +40,7 @@ from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# While it is imported, bitsandbytes loads torch's compiler, a quarter of a program's start, and warns that a
-# 4-bit kernel is missing. Neither is needed here.
+# Importing bitsandbytes loads torch's compiler, for two seconds, and warns that a 4-bit kernel is missing.
 torch_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda x: x)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes
@@ -54,6 +52,9 @@ HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a t
 ALLOCATOR_SHARE = 1.03  # CUDA's allocator may reserve so many times what tensors may take: fragments
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
 REQUESTS_AT_ONCE, PAUSE = 16, 2.0  # to a reference server; seconds before it is asked again
+LOGITS_AT_ONCE = {"cpu": 2**20}  # that choose_tokens holds, twice: few, for a CPU's last cache; else 2**24
+CHECK_EVERY = {"cpu": 1}  # steps between looks at which rows have finished, which make the host wait; else 8
+PREFILLED = 32  # prompts in a pass; plan counts so many
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
@@ -70,13 +71,12 @@ class _TokenLogprobs(torch.autograd.Function):
             z = (hidden[chunk] @ weight.T).float().div_(temperature)
             top, argmax = z.max(-1, keepdim=True)
             p = z.sub_(top).exp()
-            # log1p adds the likeliest token's exp(0) = 1. No two near-equal numbers are subtracted, so for a
-            # probability of 0.9999 log-probability and entropy have float32's precision too.
+            # log1p adds the likeliest token's exp(0) = 1: a probability of 0.9999 loses no precision.
             others = p.scatter_(-1, argmax, 0.0).sum(-1)
             logprobs[chunk] = z.gather(-1, targets[chunk, None])[:, 0] - others.log1p()
             entropies[chunk] = others.log1p() - p.mul_(z).sum(-1) / (1 + others)
             logsumexps[chunk] = top[:, 0] + others.log1p()
-            del z, p  # else they would live on beside the next chunk's
+            del z, p  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, targets, logsumexps)
         ctx.options = temperature, rows, into_weight_grad
         ctx.mark_non_differentiable(entropies)
@@ -119,10 +119,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total[i : i + step] += left[:, i : i + step].T @ right
 
 
-def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_size: int | None = None,
-    into_weight_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+                   chunk_size: int | None = None, into_weight_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of its distribution, without ever holding n x V logits.
 
     hidden [n, H] and weight [V, H] of one dtype, targets [n] int64; logits = hidden @ weight.T / temperature.
@@ -131,10 +129,10 @@ def token_logprobs(
     Returns (logprobs [n], entropies [n]), float32, in nats; entropies carry no gradient. Raises ValueError
     for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
 
-    chunk_size: rows of logits at a time; None picks it by bytes (HEAD_WORKSPACE), whatever V is.
+    chunk_size: rows of logits at a time; by default as many as HEAD_WORKSPACE bytes hold.
     into_weight_grad: add the gradient of `weight` (a Parameter) straight to weight.grad, in float32 (a bf16
-        weight needs sum_gradients_in_fp32 for that), and give autograd none. This saves a V x H float32.
-        Hooks on `weight` and torch.autograd.grad don't see this part.
+        weight needs sum_gradients_in_fp32 for that). This saves a V x H float32, but autograd's hooks and
+        torch.autograd.grad don't see this part.
     """
     if not hidden.ndim == weight.ndim == 2 or hidden.shape != (*targets.shape, weight.shape[1]):
         shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
@@ -148,17 +146,17 @@ def token_logprobs(
 
 
 def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """Have autograd cast each gradient to float32 before it adds it to p.grad, whatever the dtype of p: a sum
-    in bf16, with its 8 bits, would round away most of the 85th micro-batch. Call it before the first one."""
+    """From now on autograd sums the gradients of these parameters in float32, whatever their dtype: a sum in
+    bf16, with its 8 bits, would round away most of the 85th micro-batch."""
     for p in params:
         p.grad_dtype = torch.float32
 
 
 # ---- Several ranks -----------------------------------------------------------------------------------------
 #
-# `torchrun --nproc-per-node 8 ...` starts a process, called a rank, for each GPU. Every rank has the whole
-# model. The ranks join what they sample (gather), share out what is learned (share), and sum their gradients
-# (AdamW8bit). All make these calls in the same order. A process that was started alone is rank 0 of 1.
+# torchrun starts a process, called a rank, for each GPU. Every rank has the whole model. The ranks join what
+# they sample (gather), share out what is learned (share), and sum their gradients (AdamW8bit). All make these
+# calls in the same order. A process that was started alone is rank 0 of 1.
 
 def join_ranks(device: str) -> None:
     """Make this process one of the ranks, and give it its GPU, if torchrun has started it. Raises ValueError
@@ -236,10 +234,10 @@ def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
     """Split float32 into (hi bf16, lo int16) of the same shape; join_fp32 restores every bit.
 
     hi = (bits + 0x8000) >> 16 is the master rounded to nearest, ties away from zero; lo = bits - (hi << 16).
-    In memory a float32 is two int16. lo is the lower one, read as a signed number; hi is the upper one, plus
-    1 where lo is negative. (The hi of a NaN or above 3.396e38 is not the nearest; these join exactly too.)
+    (The hi of a NaN or above 3.396e38 is not the nearest; these join exactly too.)
     """
-    lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)  # every platform of torch is little-endian
+    # In memory, a float32 is two int16, the lower one first on every platform of torch.
+    lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)
     hi = upper - (lo >> 15)  # lo >> 15 is -1 where lo is negative, else 0
     return hi.view(torch.bfloat16).view(master.shape), lo.contiguous().view(master.shape)
 
@@ -272,15 +270,13 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.offload, (self.rank, self.ranks), params = offload, my_rank(), self._params()
+        self.offload, (self.rank, self.ranks) = offload, my_rank()
+        params = [p for group in self.param_groups for p in group["params"]]
         for p in params:
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"AdamW8bit: parameters must be bfloat16 or float32, not {p.dtype}")
             p.data = p.data.contiguous()
-        self.owner = dict(zip(params, owners([p.numel() for p in params], self.ranks)))
-
-    def _params(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
+        self.owner = dict(zip(params, owners([p.numel() for p in params], self.ranks)))  # in their order
 
     def make_state(self) -> None:
         """Make what the first step would make, while the GPU's free memory is in one piece."""
@@ -328,7 +324,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
         """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
         Each sum ends up at the parameter's owner; the others drop it. A missing gradient counts as zeros."""
-        params = self._params()
+        params = list(self.owner)
         if self.ranks == 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
         # What a rank does alone goes through gather: where it fails, no rank waits for it in a collective.
@@ -340,8 +336,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
         found = set(gather(complete))
         for i, p in enumerate(params):
-            for part in p.grad.view(-1).split(OPTIMIZER_SLICE) if i in found else ():
-                dist.reduce(part, self.owner[p])  # in slices, as gloo takes as much again as it is given
+            if i in found:  # on any rank; in slices, as gloo takes as much again as it is given
+                for part in p.grad.view(-1).split(OPTIMIZER_SLICE):
+                    dist.reduce(part, self.owner[p])
             if i not in found or self.owner[p] != self.rank:
                 p.grad = None
         # Not the owners' norms but the parameters': equal gradients have one norm however they are owned.
@@ -354,23 +351,23 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     @torch.no_grad()
     def step(self, closure=None):
         """Update the parameters that have a gradient. Several ranks must call sum_gradients() before it."""
-        if any(p.grad is not None and self.owner[p] != self.rank for p in self._params()):
+        if any(p.grad is not None and owner != self.rank for p, owner in self.owner.items()):
             raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
         update = super().step
         losses = gather(lambda: [update(closure)])  # an error on one rank is raised on all
-        for p in self._params() if self.ranks > 1 else ():
-            dist.broadcast(p.data, self.owner[p])
+        for p, owner in self.owner.items() if self.ranks > 1 else ():
+            dist.broadcast(p.data, owner)
         return losses[self.rank]
 
     def state_dict(self) -> dict:
         """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True. All
         ranks must call it. Rank 0 gets all of it, what others own in host memory; they get their own."""
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
-        states, params = saved["state"], self._params()
+        states, owners_of = saved["state"], list(self.owner.values())
         # Tensor by tensor, because pickling takes three times as much.
         layouts = gather(lambda: [(i, moved(x, "meta")) for i, x in states.items()])
         for i, layout in layouts:
-            owner = self.owner[params[i]]
+            owner = owners_of[i]
             if owner == 0 or self.rank not in (0, owner):
                 continue
             if self.rank == 0:
@@ -387,10 +384,10 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         It is copied into the state's own tensors, as torch and the library would cast 8-bit moments to bf16.
         Raises ValueError if the state is of other parameters.
         """
-        groups, params = state_dict["param_groups"], self._params()
+        groups = state_dict["param_groups"]
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(f"AdamW8bit: {len(saved)} parameters were saved, the model has {len(params)}")
+            raise ValueError(f"AdamW8bit: {len(saved)} parameters were saved, here are {len(self.owner)}")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
         if not any(saved):  # the optimizer that was saved had made no step
@@ -398,8 +395,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             return
         self.make_state()
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
-        for p, state in zip(params, saved):
-            if self.owner[p] != self.rank:
+        for (p, owner), state in zip(self.owner.items(), saved):
+            if owner != self.rank:
                 continue
             if shapes(state) != shapes(self.state[p]):
                 raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
@@ -413,9 +410,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 @contextmanager
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
     """Within it, the first `count` decoder layers (None: all) keep only their input for the backward pass,
-    which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174): the first, because
-    the backward pass frees the last ones' activations first. The backward pass may come after it.
-    transformers' own switch wants training mode, whose dropout would change the log-probabilities."""
+    which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The backward pass
+    may come after it; it frees the last layers' activations first, so these are kept. transformers' own
+    switch wants training mode, whose dropout would change the log-probabilities."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:count]
     for layer in layers:  # no dropout, so no random state to keep
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -435,9 +432,8 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
     that share it, which stay together. The longest come first: what doesn't fit fails at once.
     """
     length = lambda s: len(s.prompt) + len(s.completion) - 1
-    longest: dict[tuple, int] = {}  # of the sequences that share a prompt
-    for s in sequences:
-        longest[tuple(s.prompt)] = max(length(s), longest.get(tuple(s.prompt), 0))
+    # The longest of the sequences that share a prompt, as later entries replace earlier ones.
+    longest = {tuple(s.prompt): length(s) for s in sorted(sequences, key=length)}
     batches, computed, widest = [[]], 0, 0
     for s in sorted(sequences, key=lambda s: (-longest[tuple(s.prompt)], tuple(s.prompt), -length(s))):
         shared = len(s.prompt) if batches[-1] and batches[-1][-1].prompt == s.prompt else 0
@@ -518,12 +514,10 @@ def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     return [part.view(x.shape) for part, x in zip(parts, tensors)]
 
 
-def packed_hidden_states(
-    backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor, places: Tensor
-) -> Tensor:
-    """Hidden states [T, H] of packed tokens (see pack); only attention runs on E padded rows. The backbone's
-    model must have gone through prepare_model."""
-    # A mask of four dimensions reaches the attention as it is.
+def packed_hidden_states(backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor,
+                         places: Tensor) -> Tensor:
+    """Hidden states [T, H] of packed tokens (see pack), for a model that prepare_model has prepared. Only
+    attention runs on E padded rows. A mask of four dimensions reaches it as it is: the places."""
     output = backbone(ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False)
     return output.last_hidden_state[0]
 
@@ -578,9 +572,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     return backbone, weight
 
 
-def sequence_logprobs(
-    model: PreTrainedModel, sequences: list, temperature: float, recomputed_layers: int | None = 0
-) -> tuple[Tensor, Tensor]:
+def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: float,
+                      recomputed_layers: int | None = 0) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies), float32 [m] in nats, of the m tokens that count, sequence by sequence.
 
     A sequence has `prompt` and `completion` (token ids) and `counted`: int64, which tokens of the completion
@@ -594,10 +587,9 @@ def sequence_logprobs(
     *layout, where, targets = on_device([*layout, torch.cat(where), torch.cat(targets)], model.device)
     with recompute_layers(model, recomputed_layers if learning else 0):
         hidden = packed_hidden_states(model.base_model, *layout)
-        # F.embedding, because a prompt's last position comes up for each answer: indexing would add up their
+        # A prompt's last position comes up for each answer: indexing, unlike F.embedding, would add up their
         # gradients in the order in which threads arrive.
         hidden = F.embedding(where, hidden)
-        # The head's gradient goes straight into its .grad: one tensor of its size less.
         head = model.get_output_embeddings().weight
         return token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
 
@@ -605,9 +597,8 @@ def sequence_logprobs(
 # ---- The reference policy ----------------------------------------------------------------------------------
 
 class ReferencePolicy:
-    """A copy of a model's weights in host memory. Within swapped_in() the model computes with it; refresh()
-    makes the current policy the reference. Called, it returns what `logprobs`, a function of sequences,
-    computes with the model as the reference."""
+    """A copy of a model's weights in host memory. Within swapped_in() the model computes with it. Called, it
+    returns what `logprobs`, a function of sequences, computes then."""
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
         self.model, self.logprobs = model, logprobs
@@ -619,8 +610,7 @@ class ReferencePolicy:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """After it the model has its own weights again, whatever happens: they are all copied to the host
-        before the first one changes."""
+        # All of the model's own are on the host before the first one changes: none is lost, whatever fails.
         own = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         try:
             for name, p in self.model.named_parameters():
@@ -631,6 +621,7 @@ class ReferencePolicy:
                 p.data.copy_(own[name])
 
     def refresh(self) -> None:
+        """Make the current policy the reference."""
         self.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -651,7 +642,7 @@ class ReferenceServer:
 
     A server that is away is asked again for `patience_seconds`. Raises NoReference after that; within five
     seconds of a stop (`stop()` is true); at once if the server refuses a request, or has no room for
-    `longest` tokens, those of the longest prompt and its answer.
+    `longest` tokens, a prompt and its answer.
     """
 
     def __init__(self, url: str, *, longest: int, patience_seconds: float = 300, warn: Callable = print):
@@ -664,15 +655,16 @@ class ReferenceServer:
                               f"answer may have {longest}; start it with --max-model-len {longest + 1}")
 
     def __call__(self, sequences: list) -> list[Tensor]:
-        """float32 [m] for each sequence, as sequence_logprobs takes it: log-probabilities, at temperature 1,
-        of its tokens that count."""
-        def score(x) -> Tensor:  # a token's entry is {its id: {"logprob": ...}}, the first token's None
-            body = {"model": self.model, "prompt": [*x.prompt, *x.completion], "max_tokens": 1,
-                    "temperature": 0, "prompt_logprobs": 0}
-            return self._ask("/v1/completions", body, lambda answer: torch.tensor([
-                float(entry[str(i)]["logprob"]) for i, entry in zip(
-                    x.completion, answer["choices"][0]["prompt_logprobs"][len(x.prompt) :], strict=True)
-            ])[x.counted])
+        """float32 [m] for each sequence of sequence_logprobs: log-probabilities at temperature 1, in nats."""
+        def score(x) -> Tensor:
+            def read(answer: dict) -> Tensor:  # a token's entry is {its id: {"logprob": ...}}
+                entries = answer["choices"][0]["prompt_logprobs"][len(x.prompt) :]
+                found = [float(e[str(i)]["logprob"]) for i, e in zip(x.completion, entries, strict=True)]
+                return torch.tensor(found)[x.counted]
+
+            return self._ask("/v1/completions", {
+                "model": self.model, "prompt": [*x.prompt, *x.completion], "max_tokens": 1, "temperature": 0,
+                "prompt_logprobs": 0}, read)
 
         logprobs = []
         with multiprocessing.pool.ThreadPool(REQUESTS_AT_ONCE) as pool:
@@ -695,8 +687,8 @@ class ReferenceServer:
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=self.patience_seconds) as answer:
-                    result, self.away = read(json.load(answer)), False
-                return result
+                    found, self.away = read(json.load(answer)), False
+                return found
             except (ValueError, LookupError, TypeError) as error:
                 raise NoReference(f"{server} doesn't answer as a server of OpenAI's completions with "
                                   f"prompt_logprobs does ({error!r}); check --reference-url") from error
@@ -760,11 +752,16 @@ class RowCache(transformers.Cache):
         self.mask.index_fill_(0, rows, self.blocked)
         self.mask[rows, begin:end] = torch.where(visible, 0, self.blocked)[source].to(self.mask.dtype)
 
-    def shrink(self, live: int, gaps: Tensor, movers: Tensor) -> None:
-        """Keep `live` rows: `gaps`, all below that, are overwritten by `movers`, all above it."""
+    def shrink(self, going: list[int], *states: Tensor) -> None:
+        """Make the rows `going` the first and only ones, here and in `states`, each with an entry a row."""
+        self.live = len(going)
+        gaps, movers = set(range(self.live)) - set(going), [row for row in going if row >= self.live]
+        moves = [torch.tensor(x, dtype=torch.long) for x in (sorted(gaps), movers)]
+        gaps, movers = on_device(moves, self.mask.device)
+        for state in (self.mask, *states):
+            state[gaps] = state[movers]
         for buffer in self.buffers:
             buffer[gaps, :, : self.column] = buffer[movers, :, : self.column]
-        self.mask[gaps], self.live = self.mask[movers], live
 
     def forget(self, going: list[int], longest: int) -> None:
         """Drop the columns that no row of `going` sees; `longest` columns stay for a prompt that waits."""
@@ -790,10 +787,6 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
     output = model(ids, attention_mask=visible, position_ids=(visible.cumsum(1) - 1).clamp(min=0),
                    use_cache=True, logits_to_keep=1, **{cache_name(model): cache})
     return cache, visible.bool(), output.logits[:, -1]
-
-
-# Logits that choose_tokens holds at a time, twice in float32: few for a CPU's last cache, more on a GPU.
-LOGITS_AT_ONCE = {"cpu": 2**20}  # else 2**24
 
 
 def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -828,11 +821,6 @@ def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = N
     return tokens, logprobs.float(), entropies.nan_to_num(nan=0.0).float()
 
 
-# Steps between looks at which rows have finished: each look makes the host wait for the GPU.
-CHECK_EVERY = {"cpu": 1}  # else 8
-PREFILLED = 32  # prompts in a pass; plan counts so many
-
-
 @torch.no_grad()
 def sample(
     model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
@@ -861,8 +849,8 @@ def sample(
     ends = torch.tensor(stops, device=device)
     if temperature:
         if uniform is None:
-            at = generator.device if generator else None
-            uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator, device=at)
+            uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator,
+                                 device=generator and generator.device)
         uniform = F.pad(uniform.to(device), (0, 1))
     # By answer. Finished rows go on writing, into one more column, until they are removed.
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
@@ -898,16 +886,6 @@ def sample(
         done.index_fill_(0, where, False)
         record(where, logits[source])
 
-    def close_gaps(going: list[int]) -> None:
-        """Let the rows that go on be the first ones."""
-        live = len(going)
-        gaps, movers = sorted(set(range(live)) - set(going)), [row for row in going if row >= live]
-        gaps, movers = on_device([torch.tensor(x, dtype=torch.long) for x in (gaps, movers)], device)
-        for state in (answer, token, position, done):
-            state[gaps] = state[movers]
-        done[live:] = True
-        cache.shrink(live, gaps, movers)
-
     admitted = 0
     for step in itertools.count():
         if step % CHECK_EVERY.get(device.type, 8) == 0 or cache.column == columns:
@@ -927,7 +905,8 @@ def sample(
             if cache.column == columns:
                 cache.forget(going, longest)
             if admitted == total and len(going) < cache.live:
-                close_gaps(going)
+                cache.shrink(going, answer, token, position, done)
+                done[cache.live :] = True
         live = slice(cache.live)
         cache.mask[live, cache.column] = 0
         logits = model(token[live, None], attention_mask=cache.mask[live, None, None, : cache.column + 1],
@@ -975,17 +954,15 @@ class VLLMSampler:
         self.model, self.on_cpu = model, model.device.type == "cpu"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
-        # Its weights come from the policy, so a config is all that it needs on disk.
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
+        model.config.architectures = [type(model).__name__]  # as save_pretrained sets them
         gc.collect()  # an earlier engine that goes away later would take torch.distributed's groups with it
         try:
             import vllm
 
             self.new_parameters = partial(vllm.SamplingParams, top_p=1.0, top_k=0, logprobs=0,
                                           stop_token_ids=stops, detokenize=False)
-            with TemporaryDirectory() as folder:
-                config.save_pretrained(folder)
+            with TemporaryDirectory() as folder:  # only a config: the weights come from the policy
+                model.config.save_pretrained(folder)
                 self.engine = vllm.LLM(
                     folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
                     dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
@@ -1227,11 +1204,9 @@ def plan(
             **(of_update if training else {}),
         )
 
-    def work(p: MemoryPlan) -> float:
-        # A token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
-        # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
-        return (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
-
+    # Work: a token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
+    # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
+    work = lambda p: (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
     again = range(layers, -1, -1) if recomputed_layers is None else [recomputed_layers]
     counts = [max_rows] if max_rows else range(episodes, 0, -1)
     powers = sorted({*(2**i for i in range(15) if 2**i < episodes), episodes})
