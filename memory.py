@@ -97,12 +97,11 @@ class _TokenLogprobs(torch.autograd.Function):
             # d logprob / d logits = (1 at the target) - softmax
             g = grad_logprobs[chunk, None] / temperature
             z.sub_(logsumexps[chunk, None]).exp_().mul_(-g).scatter_add_(-1, targets[chunk, None], g)
-            grad_logits = z.to(weight.dtype)
-            del z
-            grad_hidden[chunk] = grad_logits @ weight
+            z = z.to(weight.dtype)  # the logits' gradient
+            grad_hidden[chunk] = z @ weight
             if ctx.needs_input_grad[1]:
-                _add_product(grad_weight, grad_logits, hidden[chunk])
-            del grad_logits
+                _add_product(grad_weight, z, hidden[chunk])
+            del z
         if into_weight_grad and ctx.needs_input_grad[1]:
             weight.grad, grad_weight = grad_weight, None
         return grad_hidden, grad_weight, None, None, None, None
@@ -153,7 +152,6 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
 
 
 # ---- Several ranks -----------------------------------------------------------------------------------------
-#
 # torchrun starts a process, called a rank, for each GPU. Every rank has the whole model. The ranks join what
 # they sample (gather), share out what is learned (share), and sum their gradients (AdamW8bit). All make these
 # calls in the same order. A process that was started alone is rank 0 of 1.
@@ -182,11 +180,9 @@ def my_rank() -> tuple[int, int]:
 
 
 def gather(attempt: Callable[[], list]) -> list:
-    """Call attempt() on every rank; each gets the lists of all, joined in the order of the ranks.
-
-    An error on one rank is raised on every rank, with the attribute `on_all_ranks`, so that none waits for
-    ever. The others raise the same class, or a RuntimeError if it can't be pickled.
-    """
+    """Call attempt() on every rank; each gets the lists of all, joined in the order of the ranks. An error on
+    one rank is raised on every rank, with the attribute `on_all_ranks`, so that none waits for ever. The
+    others raise the same class, or a RuntimeError if it can't be pickled."""
     ranks = my_rank()[1]
     if ranks == 1:
         return attempt()
@@ -236,8 +232,7 @@ def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
     hi = (bits + 0x8000) >> 16 is the master rounded to nearest, ties away from zero; lo = bits - (hi << 16).
     (The hi of a NaN or above 3.396e38 is not the nearest; these join exactly too.)
     """
-    # In memory, a float32 is two int16, the lower one first on every platform of torch.
-    lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)
+    lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)  # every platform of torch is little-endian
     hi = upper - (lo >> 15)  # lo >> 15 is -1 where lo is negative, else 0
     return hi.view(torch.bfloat16).view(master.shape), lo.contiguous().view(master.shape)
 
@@ -258,10 +253,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     A bf16 parameter is the upper half of a float32 master. The lower half, the int16 `remainder`, is in the
     optimizer's state. Without it nearly every weight loses a step of 1e-6: near 0.02, bf16 steps by 1.2e-4.
-    A step joins the halves, lets the library's own kernel update them in float32, and splits them again, a
-    slice of a parameter at a time: the masters are bit for bit what the library makes of float32 weights.
-    Gradients are float32 or of the parameter's dtype. offload=True keeps the state in host memory; a step
-    moves it over and back, one parameter at a time.
+    The masters are bit for bit what the library makes of float32 weights. Gradients are float32 or of the
+    parameter's dtype. offload=True keeps the state in host memory, apart from one parameter's in a step.
 
     With several ranks each parameter has an owner, the only rank with its state (Rajbhandari et al., ZeRO,
     arXiv 1910.02054, stage 1): there sum_gradients() sums its gradient, and step() updates it for all.
@@ -276,7 +269,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             if p.dtype not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"AdamW8bit: parameters must be bfloat16 or float32, not {p.dtype}")
             p.data = p.data.contiguous()
-        self.owner = dict(zip(params, owners([p.numel() for p in params], self.ranks)))  # in their order
+        self.owner = dict(zip(params, owners([p.numel() for p in params], self.ranks)))  # of all, in order
 
     def make_state(self) -> None:
         """Make what the first step would make, while the GPU's free memory is in one piece."""
@@ -363,11 +356,10 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True. All
         ranks must call it. Rank 0 gets all of it, what others own in host memory; they get their own."""
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
-        states, owners_of = saved["state"], list(self.owner.values())
+        states = saved["state"]
         # Tensor by tensor, because pickling takes three times as much.
-        layouts = gather(lambda: [(i, moved(x, "meta")) for i, x in states.items()])
-        for i, layout in layouts:
-            owner = owners_of[i]
+        layouts = gather(lambda: [(self.rank, i, moved(x, "meta")) for i, x in states.items()])
+        for owner, i, layout in layouts:
             if owner == 0 or self.rank not in (0, owner):
                 continue
             if self.rank == 0:
@@ -379,11 +371,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore what state_dict() gave, bit for bit; each rank keeps what it owns, whoever owned it before.
-
-        It is copied into the state's own tensors, as torch and the library would cast 8-bit moments to bf16.
-        Raises ValueError if the state is of other parameters.
-        """
+        """Restore what state_dict() gave, bit for bit (torch's own would cast the moments to bf16). Each rank
+        keeps what it owns, whoever owned it before. Raises ValueError if it is of other parameters."""
         groups = state_dict["param_groups"]
         saved = [state_dict["state"].get(i, {}) for g in groups for i in g["params"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
@@ -395,9 +384,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             return
         self.make_state()
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
-        for (p, owner), state in zip(self.owner.items(), saved):
-            if owner != self.rank:
-                continue
+        for p, state in [(p, x) for p, x in zip(self.owner, saved) if self.owner[p] == self.rank]:
             if shapes(state) != shapes(self.state[p]):
                 raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
                                  f"{list(p.shape)}; load the model and dtype that were saved")
@@ -447,13 +434,12 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
 
 
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
-    """transformers' SDPA attention, and the same over packed tokens (see pack).
+    """transformers' SDPA attention, and the same over packed tokens (see pack): then query, key and value are
+    [1, heads, T, size] and `attention_mask` is places. Each token is copied to its places, and its output is
+    taken from one of them, its slot.
 
     In decoding, with one query token a row, the query heads that share a key head become its queries. Older
     transformers (before pack_gqa) copy keys and values for each query head instead.
-
-    With packed tokens, query, key and value are [1, heads, T, size], and `attention_mask` is places. Each
-    token is copied to its places, and its output is taken from one of them, its slot.
     """
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
@@ -597,8 +583,8 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
 # ---- The reference policy ----------------------------------------------------------------------------------
 
 class ReferencePolicy:
-    """A copy of a model's weights in host memory. Within swapped_in() the model computes with it. Called, it
-    returns what `logprobs`, a function of sequences, computes then."""
+    """A copy of a model's weights in host memory. Within swapped_in() the model computes with it. A call
+    returns what `logprobs`, a function of sequences, computes within it."""
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
         self.model, self.logprobs = model, logprobs
@@ -638,12 +624,9 @@ class NoReference(ConnectionError):
 
 class ReferenceServer:
     """A frozen reference policy on a server that speaks OpenAI's completions with `prompt_logprobs`, such as
-    vLLM's. GRPO_REFERENCE_TOKEN in the environment may hold its bearer token.
-
-    A server that is away is asked again for `patience_seconds`. Raises NoReference after that; within five
-    seconds of a stop (`stop()` is true); at once if the server refuses a request, or has no room for
-    `longest` tokens, a prompt and its answer.
-    """
+    vLLM's. GRPO_REFERENCE_TOKEN in the environment may hold its bearer token. A server that is away is asked
+    again for `patience_seconds`. Raises NoReference after that; within five seconds of a stop (`stop()` is
+    true); at once if it refuses a request, or has no room for `longest` tokens, a prompt and its answer."""
 
     def __init__(self, url: str, *, longest: int, patience_seconds: float = 300, warn: Callable = print):
         self.url, self.warn, self.away = url.rstrip("/").removesuffix("/v1"), warn, False
@@ -656,19 +639,17 @@ class ReferenceServer:
 
     def __call__(self, sequences: list) -> list[Tensor]:
         """float32 [m] for each sequence of sequence_logprobs: log-probabilities at temperature 1, in nats."""
-        def score(x) -> Tensor:
-            def read(answer: dict) -> Tensor:  # a token's entry is {its id: {"logprob": ...}}
-                entries = answer["choices"][0]["prompt_logprobs"][len(x.prompt) :]
-                found = [float(e[str(i)]["logprob"]) for i, e in zip(x.completion, entries, strict=True)]
-                return torch.tensor(found)[x.counted]
+        def read(x, answer: dict) -> Tensor:  # a token's entry is {its id: {"logprob": ...}}
+            entries = answer["choices"][0]["prompt_logprobs"][len(x.prompt) :]
+            found = [float(e[str(i)]["logprob"]) for i, e in zip(x.completion, entries, strict=True)]
+            return torch.tensor(found)[x.counted]
 
-            return self._ask("/v1/completions", {
-                "model": self.model, "prompt": [*x.prompt, *x.completion], "max_tokens": 1, "temperature": 0,
-                "prompt_logprobs": 0}, read)
-
+        options = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        ask = lambda x: self._ask(
+            "/v1/completions", options | {"prompt": x.prompt + x.completion}, partial(read, x))
         logprobs = []
         with multiprocessing.pool.ThreadPool(REQUESTS_AT_ONCE) as pool:
-            answers = pool.imap(score, sequences)
+            answers = pool.imap(ask, sequences)
             while len(logprobs) < len(sequences):
                 try:
                     logprobs.append(answers.next(timeout=4))
@@ -722,13 +703,12 @@ class RowCache(transformers.Cache):
     at each step; the prompt of a row that is admitted late ends at the current column. Positions are rotated
     into the keys (RoPE) before they arrive, so a column has no meaning of its own."""
 
-    def __init__(self, rows: int, columns: int, column: int, like: Tensor):
+    def __init__(self, rows: int, columns: int, column: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
         self.buffers: list[Tensor] = []  # keys, then values of each layer: [rows, KV heads, columns, size]
-        self.blocked = torch.finfo(like.dtype).min  # added to the score of a column that a row must not see
-        self.mask = like.new_full((rows, columns), self.blocked)
-        self.live = 0  # rows in use, always the first ones
-        self.column = column  # where the next token goes
+        self.blocked = torch.finfo(dtype).min  # added to the score of a column that a row must not see
+        self.mask = torch.full((rows, columns), self.blocked, dtype=dtype, device=device)
+        self.live, self.column = 0, column  # rows in use, always the first ones; where the next token goes
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Called by the attention layers with one new token for each live row."""
@@ -822,11 +802,10 @@ def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = N
 
 
 @torch.no_grad()
-def sample(
-    model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
-    eos_token_id: int | list[int], pad_token_id: int, generator: torch.Generator | None = None,
-    uniform: Tensor | None = None, max_rows: int | None = None,
-) -> list[Completion]:
+def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int,
+           temperature: float = 1.0, eos_token_id: int | list[int], pad_token_id: int,
+           generator: torch.Generator | None = None, uniform: Tensor | None = None,
+           max_rows: int | None = None) -> list[Completion]:
     """`group_size` completions of each prompt (token ids), prompt after prompt.
 
     Each prompt is run once, and its cache is copied to its group. All rows are decoded together. Rows that
@@ -840,11 +819,10 @@ def sample(
     device, total, longest = model.device, len(prompts) * group_size, max(map(len, prompts))
     refuse_short_windows(model.config, longest + max_new_tokens)
     rows = min(max_rows or total, total)
-    # Some to spare, so that old ones are forgotten now and then, not at each step. In whole eights, as CUDA's
-    # attention kernels want a mask's rows.
+    # Some to spare, so that old columns are forgotten now and then, not at each step.
     columns = longest + max_new_tokens + (max_new_tokens // 2 if rows < total else 0)
-    columns, as_cache = math.ceil(columns / 8) * 8, cache_name(model)
-    cache = RowCache(rows, columns, longest, torch.empty(0, dtype=model.dtype, device=device))
+    columns = math.ceil(columns / 8) * 8  # as CUDA's attention kernels want a mask's rows
+    cache, as_cache = RowCache(rows, columns, longest, model.dtype, device), cache_name(model)
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ends = torch.tensor(stops, device=device)
     if temperature:
@@ -891,14 +869,13 @@ def sample(
         if step % CHECK_EVERY.get(device.type, 8) == 0 or cache.column == columns:
             over = done.tolist()  # here the host waits for the device
             going = [row for row in range(cache.live) if not over[row]]
-            free = [row for row in range(rows) if over[row]]
-            room = min(len(free), total - admitted)
+            free = [row for row in range(rows) if over[row]][: total - admitted]
             # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
-            if room and room >= min(total - admitted, max(1, rows // 8)):
-                while room:  # in slices of a few prompts
-                    count = min(room, PREFILLED * group_size - admitted % group_size)
+            if free and len(free) >= min(total - admitted, max(1, rows // 8)):
+                while free:  # in slices of a few prompts
+                    count = min(len(free), PREFILLED * group_size - admitted % group_size)
                     admit(admitted, free[:count])
-                    admitted, room, free = admitted + count, room - count, free[count:]
+                    admitted, free = admitted + count, free[count:]
                 continue
             if not going:
                 break
@@ -941,11 +918,9 @@ def refuse_short_windows(config, tokens: int) -> None:
 
 
 class VLLMSampler:
-    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's current weights.
-
-    Its log-probabilities differ from ours by 1e-5 in float32, and by about 0.03 in bfloat16. Raises
-    ValueError, with what to install, if vLLM is missing or isn't as this code knows it.
-    """
+    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's current weights. Its
+    log-probabilities differ from ours by 1e-5 in float32, and by about 0.03 in bfloat16. Raises ValueError,
+    with what to install, if vLLM is missing or isn't as this code knows it."""
 
     def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
         """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
@@ -991,10 +966,9 @@ class VLLMSampler:
         if not self.on_cpu:
             self.engine.sleep(level=2)
 
-    def __call__(
-        self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int, temperature: float = 1.0,
-        uniform: Tensor | None = None, max_rows: int | None = None,
-    ) -> list[Completion]:
+    def __call__(self, prompts: list[list[int]], *, group_size: int = 1, max_new_tokens: int,
+                 temperature: float = 1.0, uniform: Tensor | None = None,
+                 max_rows: int | None = None) -> list[Completion]:
         """As `sample`, but without entropies. `uniform`[e, 0] seeds answer e; max_rows has no effect."""
         # A request for each answer: in one for a group, child i would be seeded with seed + i.
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
@@ -1116,10 +1090,9 @@ def plan(
     this file. micro_batch_tokens, recomputed_layers and max_rows are kept if given. Otherwise as many rows as
     fit are taken, and the micro-batch and recomputation of least work. Raises DoesNotFit.
 
-    The budget is for tensors: leave room beside it for CUDA's context and fragments. An evaluation samples
-    `evaluated` answers. Without `training` only sampling is planned. With several `ranks`, the plan is for
-    the rank that owns most of the optimizer's state; prompts, evaluated and budget are one rank's. With
-    `engine`, vLLM samples, with weights and a KV cache of its own.
+    The budget is for tensors: leave room beside it for CUDA's context and fragments. `evaluated`: answers of
+    an evaluation. training=False plans sampling alone; engine=True plans for vLLM's. The plan is for the rank
+    that owns most of the optimizer's state; prompts, evaluated and budget are one rank's.
     """
     config = model_config.get_text_config()
     layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
@@ -1131,7 +1104,6 @@ def plan(
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = [p.numel() for p in model.parameters()]  # tied weights are one parameter
     parameters, episode, episodes = sum(sizes), prompt_tokens + max_new_tokens, prompts * group_size
-
     owner = owners(sizes, ranks)
     owned = max(([n for n, o in zip(sizes, owner) if o == rank] for rank in range(ranks)), key=sum)
     # Moments: a byte each and a float32 a block of 256, or float32 for small parameters; lower halves.
@@ -1207,13 +1179,13 @@ def plan(
     # Work: a token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
     # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
     work = lambda p: (3 + p.limits.recomputed_layers / layers) * (1 + 400 / p.limits.micro_batch_tokens)
-    again = range(layers, -1, -1) if recomputed_layers is None else [recomputed_layers]
+    depths = range(layers, -1, -1) if recomputed_layers is None else [recomputed_layers]
     counts = [max_rows] if max_rows else range(episodes, 0, -1)
     powers = sorted({*(2**i for i in range(15) if 2**i < episodes), episodes})
     tokens = [micro_batch_tokens] if micro_batch_tokens else [
         math.ceil(filled(r, 0)[1]) for r in powers if r == 1 or filled(r, 0)[1] <= 2**15]
-    rows = next((r for r in counts if planned(r, tokens[0], again[0]).fits), counts[-1])
-    plans = [planned(rows, t, k) for t in tokens for k in again]
+    rows = next((r for r in counts if planned(r, tokens[0], depths[0]).fits), counts[-1])
+    plans = [planned(rows, t, k) for t in tokens for k in depths]
     fitting = [p for p in plans if p.update_peak_bytes <= memory_budget_bytes]
     best = min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
     if best.fits:
@@ -1230,7 +1202,7 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     # A bf16 matrix product on CUDA may add partial sums in bf16. In the head's gradient a sum runs over the
     # vocabulary, 151,936 numbers for Qwen2.5: it has to be in float32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    # On Hopper cuDNN's attention comes first, and plans anew for every shape: each decoding step has one.
+    # On Hopper cuDNN's attention comes first, and plans anew for each decoding step's shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if expandable and not by_user and "microsoft" not in platform.release():  # WSL's drivers fail at them
