@@ -1062,10 +1062,6 @@ class MemoryPlan:
         held = self.weights + self.optimizer + self.resting + self.engine_stays + self.gradients
         return held + max(self.activations + max(self.head, self.layer), self.embedding, self.optimizer_step)
 
-    @property
-    def fits(self) -> bool:
-        return max(self.rollout_peak_bytes, self.update_peak_bytes) <= self.memory_budget_bytes
-
     def table(self) -> str:
         """For people: a line a part, in GB (10^9 bytes), a column for sampling and one for the update."""
         rows = [(f.metadata["words"], *(getattr(self, f.name) * there for there in f.metadata["phases"]))
@@ -1149,7 +1145,9 @@ def plan(
         alone = in_batch == episodes  # then gradients come as activations go, the head's first
         more = 1 if alone else max(1, tokens / cost)
         computed, places = int(more * computed), int(more * places)
-        counted, kept = int(more * in_batch * max_new_tokens * top_entropy), layers - recomputed
+        answers, kept = int(more * in_batch * max_new_tokens), layers - recomputed
+        # Micro-batches differ in how many of their tokens count.
+        counted = min(answers, int(top_entropy * answers + 3 * math.sqrt(top_entropy * answers)))
         again = computed * token + places * place if recomputed == layers else 0
         head_gradient, others = (4 * vocab * wide, 4 * parameters) if alone else (0, 0)
         workspace = min(HEAD_WORKSPACE, 8 * vocab * counted)  # forward; six or four of the eight in backward
@@ -1184,17 +1182,17 @@ def plan(
     powers = sorted({*(2**i for i in range(15) if 2**i < episodes), episodes})
     tokens = [micro_batch_tokens] if micro_batch_tokens else [
         math.ceil(filled(r, 0)[1]) for r in powers if r == 1 or filled(r, 0)[1] <= 2**15]
-    rows = next((r for r in counts if planned(r, tokens[0], depths[0]).fits), counts[-1])
+    fits = lambda p: max(p.rollout_peak_bytes, p.update_peak_bytes) <= memory_budget_bytes
+    rows = next((r for r in counts if fits(planned(r, tokens[0], depths[0]))), counts[-1])
     plans = [planned(rows, t, k) for t in tokens for k in depths]
     fitting = [p for p in plans if p.update_peak_bytes <= memory_budget_bytes]
     best = min(fitting, key=work) if fitting else min(plans, key=lambda p: p.update_peak_bytes)
-    if best.fits:
+    if fits(best):
         return best
     peaks = {"rollout": best.rollout_peak_bytes, "update": best.update_peak_bytes}
-    over = [f"the {what} takes {x / 1e9:.1f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
-    raise DoesNotFit(f"at the least {' and '.join(over)}, but the memory budget is "
-                     f"{memory_budget_bytes / 1e9:.1f} GB; try --offload-optimizer (on a GPU), a shorter "
-                     "--max-new-tokens, or a smaller --model")
+    over = [f"the {what} takes {x / 1e9:.2f} GB" for what, x in peaks.items() if x > memory_budget_bytes]
+    raise DoesNotFit(f"at the least {' and '.join(over)}, but the budget is {memory_budget_bytes / 1e9:.2f} "
+                     "GB; try --offload-optimizer (on a GPU), a shorter --max-new-tokens, a smaller --model")
 
 
 def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
