@@ -79,16 +79,13 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
     episodes, kept = sample_batch(run)
 
     advantages = group_advantages(
-        torch.tensor([e.reward for e in kept], dtype=torch.float64),
-        torch.tensor([e.group for e in kept], dtype=torch.long),
-        config.advantage_std, config.advantage_eps,
-    )
+        torch.tensor([e.reward for e in kept], dtype=torch.float64), torch.tensor([e.group for e in kept]),
+        config.advantage_std, config.advantage_eps)
     for episode, advantage in zip(kept, advantages.tolist()):
         episode.advantage = advantage
 
     compared = compare_with_sampler(run, kept)  # nothing to do after our own sampler
     sequences = train_sequences(kept, config)
-    set_learning_rate(run.optimizer, learning_rate(config, step))
     if not all(math.isfinite(x) for e in episodes for x in e.completion.logprobs):
         learned = {"bad_updates": 1, "skipped": "sampled probabilities are not finite"}
     elif sequences:
@@ -118,10 +115,8 @@ def sample_batch(run: "Run") -> tuple[list[Episode], list[Episode]]:
         if lacking == 0:
             break
         kept = [e for e in kept if e.group in spread]
-        fresh = rollout(
-            run, run.next_examples(run.drawn + drawn, lacking), first_group=drawn,
-            group_size=config.group_size, temperature=config.temperature, generator=run.generator,
-        )
+        fresh = rollout(run, run.next_examples(run.drawn + drawn, lacking), first_group=drawn,
+                        group_size=config.group_size, temperature=config.temperature, generator=run.generator)
         episodes, drawn = episodes + fresh, drawn + lacking
         kept += [e for e in fresh if e.completion.finished or not config.skip_truncated]
         one_of = {e.group: e.reward for e in kept}
@@ -131,10 +126,7 @@ def sample_batch(run: "Run") -> tuple[list[Episode], list[Episode]]:
 
 # ---- Advantages, and which tokens count how much -----------------------------------------------------------
 
-def group_advantages(
-    rewards: Tensor, groups: Tensor, std: Literal["population", "sample", "batch", "none"] = "population",
-    eps: float = 1e-6,
-) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, std: str = "population", eps: float = 1e-6) -> Tensor:
     """How much better each answer is than the others to its prompt: (r - mean) / (std + eps) in its group.
 
     rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv
@@ -154,10 +146,7 @@ def group_advantages(
     return advantages
 
 
-def token_weights(
-    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"] = "token",
-    max_new_tokens: int | None = None,
-) -> Tensor:
+def token_weights(lengths: Tensor, aggregation: str = "token", max_new_tokens: int | None = None) -> Tensor:
     """The weight of each token of each answer in the loss: lengths[E] in tokens -> weights[E].
 
     "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300,
@@ -191,8 +180,7 @@ def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
 def grpo_loss(
     logprobs: Tensor, advantages: Tensor, weights: Tensor, old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, *,
-    answers: Tensor | None = None, surrogate: Literal["clip", "cispo"] = "clip",
-    importance: Tensor | None = None,
+    answers: Tensor | None = None, surrogate: str = "clip", importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO loss, - sum of weights * (surrogate - beta * KL), over tokens; all arguments of any one shape.
 
@@ -296,37 +284,34 @@ def update(run: "Run", sequences: list[TrainSequence]) -> dict[str, float | None
     An update whose loss or gradient is not finite changes nothing. Each of several ranks computes its share
     of the sequences.
     """
-    config, tokens = run.config, sum(len(s.counted) for s in sequences)
+    config, rate = run.config, learning_rate(run.config, run.step + 1)
     mine = memory.share(sequences, [len(s) for s in sequences])
     if run.reference:
         run.attempt("update", ask_reference, mine)
     sums, good = Counter(), 0
     for number in range(config.updates_per_batch):
         parts = run.attempt(
-            "update", gradients, mine, temperature=config.temperature_of_loss,
+            "update", gradients, mine, temperature=config.temperature_of_loss, surrogate=config.surrogate,
             remember=number == 0 and config.updates_per_batch > 1, by_answer=config.ratio == "answer",
-            surrogate=config.surrogate, clip_low=config.clip_low, clip_high=config.clip_high,
-            beta=config.beta,
-        )
-        found = optimizer_step(run, run.optimizer, parts, config.max_grad_norm)
+            clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta)
+        found = optimizer_step(run, run.optimizer, parts, rate, config.max_grad_norm)
         if all(map(math.isfinite, found.values())):
             sums.update(found)
             good += 1
+    tokens = sum(len(s.counted) for s in sequences)
     divisors = {"loss": good, "grad_norm": good, "sampler_gap": tokens}  # the gap is the first update's
     means = {name: x / divisors.get(name, good * tokens) for name, x in sums.items()}
     return {**means, "bad_updates": config.updates_per_batch - good}
 
 
-def gradients(
-    run: "Run", sequences: list[TrainSequence], *, temperature: float, remember: bool = False,
-    by_answer: bool = False, **loss_options,
-) -> list[dict[str, float]]:
+def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float, remember: bool = False,
+              by_answer: bool = False, **loss_options) -> list[dict[str, float]]:
     """Add the gradient of these sequences' loss to the model's, micro-batch after micro-batch.
 
     With `remember`, the log-probabilities computed here are the `old_logprobs` of the updates to come.
     Returns one dict: the loss, and grpo_loss's sums over tokens.
     """
-    totals: dict[str, Tensor] = {}
+    totals = Counter()
     for batch in memory.micro_batches(sequences, run.limits):
         logprobs, _ = memory.sequence_logprobs(run.policy.model, batch, temperature,
                                                run.limits.recomputed_layers)
@@ -334,41 +319,37 @@ def gradients(
         if remember:
             for sequence, old in zip(batch, logprobs.detach().split(counts.tolist())):
                 sequence.old_logprobs = old
-        by_token = of_tokens(batch, counts, logprobs.device)
+        by_token = {name: x.to(logprobs.device) for name, x in of_tokens(batch, counts).items()}
         sampled = by_token.pop("sampled_logprobs", None)
         answers = torch.arange(len(batch)).repeat_interleave(counts) if by_answer else None
         loss, sums = grpo_loss(logprobs, answers=answers, **by_token, **loss_options)
         loss.backward()
         if sampled is not None and (remember or batch[0].old_logprobs is None):
             sums["sampler_gap"] = (logprobs.detach() - sampled).abs().sum()
-        for name, x in {"loss": loss.detach(), **sums}.items():
-            totals[name] = totals.get(name, 0) + x
+        totals.update({"loss": loss.detach(), **sums})
     return [{name: float(x) for name, x in totals.items()}]  # the host waits for the device only here
 
 
-def of_tokens(batch: list[TrainSequence], counts: Tensor, device) -> dict[str, Tensor]:
-    """grpo_loss's arguments for a micro-batch, one answer's tokens after another's, on the device."""
-    known = {"advantages": torch.tensor([s.advantage for s in batch]).repeat_interleave(counts),
-             "weights": torch.tensor([s.weight for s in batch]).repeat_interleave(counts)}
-    computed = {}
-    for name in ("importance", "sampled_logprobs", "old_logprobs", "ref_logprobs"):
-        if getattr(batch[0], name) is not None:
-            joined = torch.cat([getattr(s, name) for s in batch])
-            (known if joined.is_cpu else computed)[name] = joined
-    together = torch.stack(list(known.values())).to(device)  # one copy
-    return dict(zip(known, together)) | computed
+def of_tokens(batch: list[TrainSequence], counts: Tensor) -> dict[str, Tensor]:
+    """grpo_loss's arguments for a micro-batch, one answer's tokens after another's."""
+    expanded = {f"{name}s": torch.tensor([getattr(s, name) for s in batch]).repeat_interleave(counts)
+                for name in ("advantage", "weight")}
+    return expanded | {name: torch.cat([getattr(s, name) for s in batch])
+                       for name in ("importance", "sampled_logprobs", "old_logprobs", "ref_logprobs")
+                       if getattr(batch[0], name) is not None}
 
 
-def optimizer_step(run: "Run", optimizer, parts: list[dict[str, float]], max_grad_norm: float) -> dict:
+def optimizer_step(run: "Run", optimizer, parts: list[dict], rate: float, max_grad_norm: float) -> dict:
     """One step on the clipped gradients, which are gone after it. No step if a number is not finite.
 
     Returns the sums of all ranks' `parts`, and the gradient's norm. Raises StepLost when memory runs out,
     because half a step can't be made again.
     """
-    found = Counter()
+    found, run.midway = Counter(), True
     for part in parts:
         found.update(part)
-    run.midway = True
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
     def step(run: "Run", _) -> list[float]:
         norm = float(optimizer.sum_gradients(max_grad_norm or math.inf))
@@ -383,11 +364,6 @@ def optimizer_step(run: "Run", optimizer, parts: list[dict[str, float]], max_gra
 
 class StepLost(memory.DoesNotFit):
     """Memory ran out when part of a step had already changed weights. They must not be saved."""
-
-
-def set_learning_rate(optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def learning_rate(config: "Config", step: int) -> float:
@@ -418,7 +394,7 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
         "accuracy": mean(is_solved(e) for e in episodes), "completion_length": tokens / len(episodes),
         "truncated_fraction": mean(not e.completion.finished for e in episodes),
         "entropy": mean(entropy for e in kept for entropy in e.completion.entropies),
-        **dict.fromkeys(LEARNED), **learned, "learning_rate": run.optimizer.param_groups[0]["lr"],
+        **dict.fromkeys(LEARNED), **learned, "learning_rate": learning_rate(run.config, run.step),
         "groups_drawn": len(groups), "groups_kept": len(spread),
         "groups_without_spread": (len(groups) - len(spread)) / len(groups),
         "sampling_tokens_per_second": tokens / run.spent["sampling"],
@@ -430,14 +406,10 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
 
 # ---- Rollout: answers and their scores ---------------------------------------------------------------------
 
-def rollout(
-    run: "Run", examples: list[dict], *, group_size: int, temperature: float,
-    generator: torch.Generator | None = None, first_group: int = 0,
-) -> list[Episode]:
-    """Sample `group_size` answers to each example and score them.
-
-    Each of several ranks does so with its share of the examples, and every rank gets all episodes.
-    """
+def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: float,
+            generator: torch.Generator | None = None, first_group: int = 0) -> list[Episode]:
+    """Sample `group_size` answers to each example and score them. Each rank does a share of the examples, and
+    every rank gets all episodes."""
     config, uniform, mine = run.config, None, memory.my_slice(len(examples))
     if temperature:
         # The same on all ranks, on the CPU and before any attempt: running out of memory changes no sample.
@@ -482,14 +454,12 @@ def is_solved(episode: Episode) -> bool:
 
 
 @torch.no_grad()
-def all_logprobs(
-    model, limits: memory.Limits, sequences: list[TrainSequence], temperature: float
-) -> list[Tensor]:
+def all_logprobs(run: "Run", sequences: list[TrainSequence], temperature: float) -> list[Tensor]:
     """[2, m] for each sequence: log-probabilities and entropies of its tokens that count, in nats. They come
     from the very code that the update runs."""
     found = {}
-    for batch in memory.micro_batches(sequences, limits):
-        both = torch.stack(memory.sequence_logprobs(model, batch, temperature))
+    for batch in memory.micro_batches(sequences, run.limits):
+        both = torch.stack(memory.sequence_logprobs(run.policy.model, batch, temperature))
         found |= zip(map(id, batch), both.split([len(s.counted) for s in batch], dim=1))
     return [found[id(s)] for s in sequences]
 
@@ -500,47 +470,39 @@ def ask_reference(run: "Run", sequences: list[TrainSequence]) -> list:
     return []
 
 
-MOST_APART = 0.2  # nats; bfloat16 alone makes 0.03 between two engines
-
-
 def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
     """After another engine has sampled: fill in the entropies, which it doesn't give, and each token's
     `importance`, min(exp(the update's log-probability - the sampler's), cap), at the sampling temperature.
 
     Returns metrics. Truncated importance sampling (Ionides 2008) makes up for another arithmetic, but not for
-    other weights: raises InputError when log-probabilities are more than MOST_APART on average.
+    other weights: raises InputError when log-probabilities are 0.2 nats apart on average.
     """
     if not episodes or episodes[0].completion.entropies:
         return {}  # our own sampler, whose gap the update sees in passing
     config, sequences = run.config, [TrainSequence.whole(e.prompt, e.completion.ids) for e in episodes]
-    own = run.attempt("update", lambda run, sequences: all_logprobs(
-        run.policy.model, run.limits, sequences, config.temperature), sequences)
+    own = run.attempt("update", all_logprobs, sequences, temperature=config.temperature)
     logprobs, entropies = torch.cat(own, dim=1).cpu()
     ratio = (logprobs - torch.tensor([x for e in episodes for x in e.completion.logprobs])).exp()
     gap = ratio.log().abs().mean().item()
-    if gap > MOST_APART:
+    if gap > 0.2:  # bfloat16 alone makes 0.03 between two engines
         raise InputError(f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats off "
                          "the sampler's, so its weights or its temperature are not the policy's (another "
                          "version of vLLM?); use --sampler own")
-    importance, lengths = ratio.clamp(max=config.importance_cap), [len(s.completion) for s in sequences]
+    cap, lengths, means = config.importance_cap, [len(s.completion) for s in sequences], {"sampler_gap": gap}
+    importance = ratio.clamp(max=cap)
     for e, h, weights in zip(episodes, entropies.split(lengths), importance.split(lengths)):
-        e.completion.entropies = h.tolist()
-        e.importance = weights if config.importance_cap else None
-    means = {"sampler_gap": gap}
-    if config.importance_cap:
+        e.completion.entropies, e.importance = h.tolist(), weights if cap else None
+    if cap:
         means |= {"importance": importance.mean().item(),
-                  "importance_capped": (ratio > config.importance_cap).float().mean().item()}
+                  "importance_capped": (ratio > cap).float().mean().item()}
     return {name: x for name, x in means.items() if math.isfinite(x)}  # JSON has no NaN
 
 
 # ---- Evaluation and cold start -----------------------------------------------------------------------------
 
 def evaluate(run: "Run") -> dict:
-    """Greedy accuracy and mean reward on held-out examples. With `eval_samples` k also pass@k and the mean
-    accuracy of k sampled answers. `shown` holds the first three greedy answers.
-
-    Its random numbers are its own, so training never notices.
-    """
+    """Greedy accuracy, mean reward and the first three answers on held-out examples. With `eval_samples` k
+    also pass@k and the mean accuracy of k sampled answers, which have random numbers of their own."""
     config, heldout = run.config, run.heldout
     say(f"evaluating {len(heldout)} held-out examples")
     greedy = rollout(run, heldout, group_size=1, temperature=0.0)
@@ -558,24 +520,23 @@ def evaluate(run: "Run") -> dict:
 
 
 def cold_start(run: "Run") -> None:
-    """Supervised steps on demonstrations: the mean log-probability of their tokens is raised.
-
-    It is GRPO's loss with every advantage 1 and the weights of "token". The rate falls linearly to zero.
-    """
-    config, policy, rng = run.config, run.policy, random.Random(run.config.seed)
-    steps, optimizer = config.cold_start_steps, new_optimizer(policy, config, config.cold_start_lr, 0.0)
-    demonstrate = partial(data.demonstration_ids, policy.tokenizer, policy.model.config)
+    """Supervised steps on demonstrations: GRPO's loss with every advantage 1 and the weights of "token". The
+    rate falls linearly to zero."""
+    config, steps, rng = run.config, run.config.cold_start_steps, random.Random(run.config.seed)
+    model, tokenizer = run.policy.model, run.policy.tokenizer
+    optimizer = memory.AdamW8bit(model.parameters(), config.cold_start_lr, offload=config.offload_optimizer)
     say(f"cold start: {steps} supervised steps")
     bar = tqdm(range(steps), "cold start", leave=False, disable=not data.has_terminal())
     for step in bar:
         batch = [rng.choice(run.examples) for _ in range(config.cold_start_batch)]
-        answers = [demonstrate(e, rng) for e in batch]
+        answers = [data.demonstration_ids(tokenizer, model.config, e, rng) for e in batch]
         weight = 1 / sum(map(len, answers))
         sequences = [TrainSequence.whole(e["prompt_ids"], ids, weight) for e, ids in zip(batch, answers)]
-        set_learning_rate(optimizer, config.cold_start_lr * (1 - step / steps))
         mine = memory.share(sequences, [len(s) for s in sequences])
         parts = run.attempt("update", gradients, mine, temperature=1.0)
-        loss, run.midway = f"{optimizer_step(run, optimizer, parts, max_grad_norm=1.0)['loss']:.3f}", False
+        rate = config.cold_start_lr * (1 - step / steps)
+        found, run.midway = optimizer_step(run, optimizer, parts, rate, max_grad_norm=1.0), False
+        loss = f"{found['loss']:.3f}"
         bar.set_postfix(loss=loss)
         if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
             say(f"cold start {step + 1}/{steps} loss {loss}")
@@ -1033,13 +994,14 @@ def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None
         run.reference = memory.ReferenceServer(config.reference_url, longest=run.longest, warn=warn)
     elif config.beta > 0 and not config.eval_only:
         run.reference = memory.ReferencePolicy(policy.model, lambda sequences: [
-            x[0] for x in all_logprobs(policy.model, run.limits, sequences, config.temperature_of_loss)])
+            x[0] for x in all_logprobs(run, sequences, config.temperature_of_loss)])
     if config.sampler == "vllm":
         with told_as_input("--sampler vllm"):
             run.sampler = memory.VLLMSampler(
                 policy.model, stops=policy.stops, max_model_len=run.longest,
                 kv_cache_bytes=plan.kv_cache_bytes, max_rows=run.limits.max_rows)
-    run.optimizer = new_optimizer(policy, config, config.learning_rate, config.weight_decay)
+    run.optimizer = memory.AdamW8bit(policy.model.parameters(), config.learning_rate,
+                                     weight_decay=config.weight_decay, offload=config.offload_optimizer)
     run.generator.manual_seed(config.seed)
     run.shuffle.seed(config.seed)
     run.random_state = run.generator.get_state()
@@ -1057,11 +1019,6 @@ def open_policy(run: Run, model: str, tokenizer) -> data.Policy:
     run.policy, run.sampler = policy, partial(memory.sample, policy.model, eos_token_id=policy.stops,
                                               pad_token_id=policy.pad_token_id)
     return policy
-
-
-def new_optimizer(policy: data.Policy, config: Config, lr: float, weight_decay: float) -> memory.AdamW8bit:
-    return memory.AdamW8bit(policy.model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8,
-                            weight_decay=weight_decay, offload=config.offload_optimizer)
 
 
 @contextmanager
@@ -1113,16 +1070,15 @@ def start(run: Run) -> None:
 
 
 def check_reference(run: Run) -> None:
-    """Raises memory.NoReference unless the server's model is the policy, by what both make of prompts."""
+    """Raise memory.NoReference unless the server's model is the policy, by what both make of prompts."""
     prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
     sequences = [TrainSequence.whole(p[:1], p[1:]) for p in prompts]
-    own = [x[0].cpu() for x in all_logprobs(run.policy.model, run.limits, sequences, 1.0)]
-    gaps = [abs(x - y) for mine, theirs in zip(own, run.reference(sequences))
-            for x, y in zip(mine.tolist(), theirs.tolist())]
-    if gaps and not statistics.fmean(gaps) <= 0.1:  # bfloat16 makes it about 0.03
+    pairs = zip(all_logprobs(run, sequences, 1.0), run.reference(sequences))
+    gaps = torch.cat([torch.zeros(0)] + [(mine[0].cpu() - theirs).abs() for mine, theirs in pairs])
+    if len(gaps) and not (gap := gaps.mean().item()) <= 0.1:  # bfloat16 makes it about 0.03
         raise memory.NoReference(
             f"the reference server's model {run.reference.model} is not the policy's: a token's log-"
-            f"probabilities are {statistics.fmean(gaps):.2g} nats apart; serve the model that --model names")
+            f"probabilities are {gap:.2g} nats apart; serve the model that --model names")
 
 
 def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float, signals) -> dict:
