@@ -359,8 +359,9 @@ def limits(micro_batch_tokens=10**6, recomputed_layers=0, max_rows=12):
 
 def a_reference(policy, config):
     """What open_run makes: the policy's own code, run with the reference's weights."""
+    run = SimpleNamespace(policy=policy, limits=limits())
     return memory.ReferencePolicy(policy.model, lambda sequences: [
-        x[0] for x in g.all_logprobs(policy.model, limits(), sequences, config.temperature_of_loss)])
+        x[0] for x in g.all_logprobs(run, sequences, config.temperature_of_loss)])
 
 
 def a_run(policy, config, optimizer=None, reference=None, limited=None):
