@@ -397,8 +397,9 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
         **dict.fromkeys(LEARNED), **learned, "learning_rate": learning_rate(run.config, run.step),
         "groups_drawn": len(groups), "groups_kept": len(spread),
         "groups_without_spread": (len(groups) - len(spread)) / len(groups),
-        "sampling_tokens_per_second": tokens / run.spent["sampling"],
-        "update_tokens_per_second": sum(map(len, sequences)) / (seconds - sum(run.spent.values())),
+        # Windows' clock stands still for 16 ms at a time.
+        "sampling_tokens_per_second": tokens / max(run.spent["sampling"], 1e-3),
+        "update_tokens_per_second": sum(map(len, sequences)) / max(seconds - run.spent.total(), 1e-3),
         "scoring_seconds": run.spent["scoring"], "seconds": seconds,
         "peak_memory_bytes": memory.peak_memory(run.device),
     }
@@ -1157,7 +1158,7 @@ def train(config: Config) -> dict:
 def ask(config: Config) -> None:
     """Print the greedy answer to `config.ask`, or to each line of the input; to an example with rewards."""
     checkpoint = config.resume and data.find_checkpoint(config.resume, config.output_dir, config.name)
-    model, run = str(checkpoint or config.model), Run(config, find_device(config.device))
+    model, run = str(checkpoint or config.model), Run(config, meet_ranks(config))
     chosen = rewards.load_rewards(config.reward, warn)
     model_config, tokenizer = data.load_config(model, trust_remote_code=config.trust_remote_code)
     open_policy(run, model, tokenizer)
@@ -1167,12 +1168,13 @@ def ask(config: Config) -> None:
             run.rewards = chosen if example.keys() - {"prompt"} else {}
             asked = data.tokenize(tokenizer, model_config, [example], config.max_new_tokens)
             with told_as_input(f"--model {model}"):
-                [episode] = rollout(run, asked, group_size=1, temperature=0.0)
+                memory.refuse_short_windows(model_config, len(example["prompt_ids"]) + config.max_new_tokens)
+            [episode] = rollout(run, asked, group_size=1, temperature=0.0)
             say(episode.text)
             if run.rewards:
                 told = ", ".join(f"{k} {'none' if x is None else f'{x:g}'}" for k, x in episode.parts.items())
                 say(f"reward {episode.reward:g} ({told})")
-        except (InputError, rewards.RewardError) as error:
+        except (InputError, rewards.RewardError, memory.DoesNotFit) as error:
             if config.ask:
                 raise
             warn(str(error))  # and the next line is read
