@@ -19,7 +19,6 @@ trained), top-p and top-k (they sample from another distribution than the one th
 """
 
 import argparse
-import dataclasses
 import difflib
 import json
 import math
@@ -35,14 +34,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import ClassVar, Literal, get_args, get_origin
 
-# torch reads this when it is loaded. By default its idle threads spin for milliseconds: on two cores of which
-# one is busy, small operations take tens of times longer.
+# torch reads this when it is loaded. By default its idle threads spin, which slows busy CPUs tens of times.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -104,11 +101,9 @@ def grpo_step(run: "Run") -> tuple[dict, list[Episode]]:
 
 def sample_batch(run: "Run") -> tuple[list[Episode], list[Episode]]:
     """Groups of scored answers to fresh prompts: (all episodes, for the metrics; those kept for the update).
-
     `skip_truncated` drops answers that hit the length limit. A refill (dynamic sampling; DAPO, arXiv
     2503.14476, section 3.2) replaces the groups whose rewards are all equal by groups of fresh prompts,
-    because nothing can be learned from them.
-    """
+    because nothing can be learned from them."""
     config, episodes, kept, drawn, spread = run.config, [], [], 0, set()
     for _ in range(1 + config.refill_rounds):
         lacking = config.prompts_per_step - len(spread)
@@ -128,12 +123,10 @@ def sample_batch(run: "Run") -> tuple[list[Episode], list[Episode]]:
 
 def group_advantages(rewards: Tensor, groups: Tensor, std: str = "population", eps: float = 1e-6) -> Tensor:
     """How much better each answer is than the others to its prompt: (r - mean) / (std + eps) in its group.
-
     rewards[E], groups[E] (equal numbers, same group) -> advantages[E], float32. DeepSeekMath (arXiv
     2402.03300), section 4.1.2. "population" divides by the group's standard deviation with /n, "sample" with
     /(n - 1), "batch" by that of all rewards (arXiv 2508.08221, section 4.1), "none" by nothing (Dr. GRPO,
-    arXiv 2503.20783). A group whose rewards are equal, or a group of one, has advantages of exactly 0.
-    """
+    arXiv 2503.20783). A group whose rewards are equal, or a group of one, has advantages of exactly 0."""
     rewards, advantages = rewards.double(), torch.zeros(len(rewards))
     for group in groups.unique():
         mine = rewards[groups == group]
@@ -148,11 +141,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, std: str = "population", e
 
 def token_weights(lengths: Tensor, aggregation: str = "token", max_new_tokens: int | None = None) -> Tensor:
     """The weight of each token of each answer in the loss: lengths[E] in tokens -> weights[E].
-
     "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300,
     eq. 3): 1 / (its answer's length x E). "constant" (Dr. GRPO, arXiv 2503.20783): 1 / (E x max_new_tokens).
-    Raises ValueError for another aggregation.
-    """
+    Raises ValueError for another aggregation."""
     lengths = lengths.float()
     if aggregation == "token":
         return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
@@ -165,9 +156,7 @@ def token_weights(lengths: Tensor, aggregation: str = "token", max_new_tokens: i
 
 def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
     """True for the `fraction` of tokens of highest entropy: entropies[n] -> bool[n] (2506.01939, eq. 5).
-
-    The threshold is the (1 - fraction) quantile. Tokens that tie with it are kept.
-    """
+    The threshold is the (1 - fraction) quantile. Tokens that tie with it are kept."""
     if fraction >= 1 or not len(entropies):
         return torch.ones_like(entropies, dtype=torch.bool)
     # By rank, as torch.quantile stops at 16 M elements. The rounding keeps 0.8 * 5 from coming out above 4.
@@ -188,8 +177,7 @@ def grpo_loss(
     act, and A * logprob has the same gradient as A * ratio.
     With them, "clip" is PPO's surrogate (arXiv 1707.06347, eq. 7; two bounds as in DAPO, arXiv 2503.14476):
     a token whose ratio is clipped has no gradient. "cispo" (arXiv 2506.13585, eqs. 4 and 5) makes
-    min(ratio, 1 + clip_high) a mere weight of A * logprob: every token keeps its gradient, and clip_low is
-    unused.
+    min(ratio, 1 + clip_high) the weight of A * logprob: every token keeps its gradient; clip_low is unused.
     `answers`, int64[n], says which answer each of n tokens belongs to. With it the loss is GSPO's (arXiv
     2507.18071): the tokens of an answer share the mean of their logprob and of their logprob - old, and the
     gradient flows through the mean. `importance` weighs the surrogate and has no gradient.
@@ -239,7 +227,7 @@ class TrainSequence:
 
     prompt: list[int]
     completion: list[int]
-    counted: Tensor  # int64[m]: which of the completion's tokens, from 0
+    counted: Tensor | None = None  # int64[m]: which of the completion's tokens, from 0; None: all
     advantage: float = 1.0
     weight: float = 0.0  # of each token that counts
     old_logprobs: Tensor | None = None  # [m], as all that follow
@@ -247,43 +235,35 @@ class TrainSequence:
     importance: Tensor | None = None
     sampled_logprobs: Tensor | None = None  # the sampler's, where the update's should equal them
 
-    @classmethod
-    def whole(cls, prompt: list[int], completion: list[int], weight: float = 0.0) -> "TrainSequence":
-        """A sequence of which every token counts, with an advantage of 1."""
-        return cls(prompt, completion, torch.arange(len(completion)), weight=weight)
+    def __post_init__(self):
+        if self.counted is None:
+            self.counted = torch.arange(len(self.completion))
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion) - 1  # the last token is predicted, never read
 
 
 def train_sequences(episodes: list[Episode], config: "Config") -> list[TrainSequence]:
-    """What is to be learned from episodes that have their advantages.
-
-    Token weights and the high-entropy mask are taken over the whole batch. Then, without a KL term, episodes
-    of advantage 0 are dropped, because their gradient is zero. With answers of 2 and 3 tokens, advantages 1
-    and -1, aggregation "token" and top_entropy 0.4, entropies [.1 .9] and [.2 .8 .3] give two sequences: of
-    the first the token `counted` is [1], of the second [1]; each weighs 1/5.
-    """
+    """What is to be learned from episodes that have their advantages. Token weights and the high-entropy mask
+    are taken over the whole batch. Then, without a KL term, episodes of advantage 0 are dropped, because
+    their gradient is zero. Example: two answers with advantages 1 and -1 and entropies [.1 .9] and [.2 .8 .3]
+    give two sequences. With aggregation "token" and top_entropy 0.4, `counted` is [1] in both, and each token
+    weighs 1/5."""
     lengths = torch.tensor([len(e.completion.ids) for e in episodes])
     weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
     entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
     masks = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
     comparable = config.temperature_of_loss == config.temperature
-    return [
-        TrainSequence(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), e.advantage, weight,
-                      importance=None if e.importance is None else e.importance[mask],
-                      sampled_logprobs=torch.tensor(e.completion.logprobs)[mask] if comparable else None)
-        for e, mask, weight in zip(episodes, masks, weights)
-        if (e.advantage != 0 or config.beta > 0) and mask.any()
-    ]
+    return [TrainSequence(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), e.advantage, weight,
+                          importance=None if e.importance is None else e.importance[mask],
+                          sampled_logprobs=torch.tensor(e.completion.logprobs)[mask] if comparable else None)
+            for e, mask, weight in zip(episodes, masks, weights)
+            if (e.advantage != 0 or config.beta > 0) and mask.any()]
 
 
 def update(run: "Run", sequences: list[TrainSequence]) -> dict[str, float | None]:
-    """`updates_per_batch` optimizer steps on one batch. Returns metrics: means over tokens and updates.
-
-    An update whose loss or gradient is not finite changes nothing. Each of several ranks computes its share
-    of the sequences.
-    """
+    """`updates_per_batch` optimizer steps on one batch. Returns metrics: means over tokens and updates. An
+    update whose loss or gradient is not finite changes nothing. Each rank computes its share of the batch."""
     config, rate = run.config, learning_rate(run.config, run.step + 1)
     mine = memory.share(sequences, [len(s) for s in sequences])
     if run.reference:
@@ -306,11 +286,9 @@ def update(run: "Run", sequences: list[TrainSequence]) -> dict[str, float | None
 
 def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float, remember: bool = False,
               by_answer: bool = False, **loss_options) -> list[dict[str, float]]:
-    """Add the gradient of these sequences' loss to the model's, micro-batch after micro-batch.
-
-    With `remember`, the log-probabilities computed here are the `old_logprobs` of the updates to come.
-    Returns one dict: the loss, and grpo_loss's sums over tokens.
-    """
+    """Add the gradient of these sequences' loss to the model's, micro-batch after micro-batch. With
+    `remember`, the log-probabilities computed here are the `old_logprobs` of the updates to come. Returns one
+    dict: the loss, and grpo_loss's sums over tokens."""
     totals = Counter()
     for batch in memory.micro_batches(sequences, run.limits):
         logprobs, _ = memory.sequence_logprobs(run.policy.model, batch, temperature,
@@ -319,7 +297,12 @@ def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float,
         if remember:
             for sequence, old in zip(batch, logprobs.detach().split(counts.tolist())):
                 sequence.old_logprobs = old
-        by_token = {name: x.to(logprobs.device) for name, x in of_tokens(batch, counts).items()}
+        by_token = {"advantages": torch.tensor([s.advantage for s in batch]).repeat_interleave(counts),
+                    "weights": torch.tensor([s.weight for s in batch]).repeat_interleave(counts)}
+        for name in ("importance", "sampled_logprobs", "old_logprobs", "ref_logprobs"):
+            if getattr(batch[0], name) is not None:
+                by_token[name] = torch.cat([getattr(s, name) for s in batch])
+        by_token = {name: x.to(logprobs.device) for name, x in by_token.items()}
         sampled = by_token.pop("sampled_logprobs", None)
         answers = torch.arange(len(batch)).repeat_interleave(counts) if by_answer else None
         loss, sums = grpo_loss(logprobs, answers=answers, **by_token, **loss_options)
@@ -330,21 +313,10 @@ def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float,
     return [{name: float(x) for name, x in totals.items()}]  # the host waits for the device only here
 
 
-def of_tokens(batch: list[TrainSequence], counts: Tensor) -> dict[str, Tensor]:
-    """grpo_loss's arguments for a micro-batch, one answer's tokens after another's."""
-    expanded = {f"{name}s": torch.tensor([getattr(s, name) for s in batch]).repeat_interleave(counts)
-                for name in ("advantage", "weight")}
-    return expanded | {name: torch.cat([getattr(s, name) for s in batch])
-                       for name in ("importance", "sampled_logprobs", "old_logprobs", "ref_logprobs")
-                       if getattr(batch[0], name) is not None}
-
-
 def optimizer_step(run: "Run", optimizer, parts: list[dict], rate: float, max_grad_norm: float) -> dict:
-    """One step on the clipped gradients, which are gone after it. No step if a number is not finite.
-
-    Returns the sums of all ranks' `parts`, and the gradient's norm. Raises StepLost when memory runs out,
-    because half a step can't be made again.
-    """
+    """One step on the clipped gradients, which are gone after it. No step if a number is not finite. Returns
+    the sums of all ranks' `parts`, and the gradient's norm. Raises StepLost when memory runs out, because
+    half a step can't be made again."""
     found, run.midway = Counter(), True
     for part in parts:
         found.update(part)
@@ -374,11 +346,6 @@ def learning_rate(config: "Config", step: int) -> float:
     return config.learning_rate * min(1.0, step / top) * (1 - falls)
 
 
-# What `update` and compare_with_sampler measure.
-LEARNED = ("loss", "kl", "clip_fraction", "grad_norm", "sampler_gap", "importance", "importance_capped",
-           "bad_updates", "skipped")
-
-
 def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequences: list[TrainSequence],
                 learned: dict, started: float) -> dict:
     """A step's line of metrics.jsonl. A number that the step did not measure is null."""
@@ -394,18 +361,18 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
         "accuracy": mean(is_solved(e) for e in episodes), "completion_length": tokens / len(episodes),
         "truncated_fraction": mean(not e.completion.finished for e in episodes),
         "entropy": mean(entropy for e in kept for entropy in e.completion.entropies),
-        **dict.fromkeys(LEARNED), **learned, "learning_rate": learning_rate(run.config, run.step),
-        "groups_drawn": len(groups), "groups_kept": len(spread),
-        "groups_without_spread": (len(groups) - len(spread)) / len(groups),
+        **dict.fromkeys(("loss", "kl", "clip_fraction", "grad_norm", "sampler_gap", "importance",
+                         "importance_capped", "bad_updates", "skipped")), **learned,
+        "learning_rate": learning_rate(run.config, run.step), "groups_drawn": len(groups),
+        "groups_kept": len(spread), "groups_without_spread": (len(groups) - len(spread)) / len(groups),
         # Windows' clock stands still for 16 ms at a time.
         "sampling_tokens_per_second": tokens / max(run.spent["sampling"], 1e-3),
         "update_tokens_per_second": sum(map(len, sequences)) / max(seconds - run.spent.total(), 1e-3),
         "scoring_seconds": run.spent["scoring"], "seconds": seconds,
-        "peak_memory_bytes": memory.peak_memory(run.device),
-    }
+        "peak_memory_bytes": memory.peak_memory(run.device)}
 
 
-# ---- Rollout: answers and their scores ---------------------------------------------------------------------
+# ---- Rollouts, evaluation, cold start ----------------------------------------------------------------------
 
 def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: float,
             generator: torch.Generator | None = None, first_group: int = 0) -> list[Episode]:
@@ -423,15 +390,13 @@ def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: f
         asked, started = [example for example in examples for _ in range(group_size)], time.monotonic()
         completions = run.sampler(
             [example["prompt_ids"] for example in examples], group_size=group_size, temperature=temperature,
-            max_new_tokens=config.max_new_tokens, uniform=uniform, max_rows=run.limits.max_rows,
-        )
+            max_new_tokens=config.max_new_tokens, uniform=uniform, max_rows=run.limits.max_rows)
         ids = [c.ids[:-1] if c.finished else c.ids for c in completions]  # without the EOS
         texts, sampled = run.policy.tokenizer.batch_decode(ids), time.monotonic()
         scores = rewards.score_batch(run.rewards, [e["prompt"] for e in asked], texts, asked, ids)
         run.spent.update(sampling=sampled - started, scoring=time.monotonic() - sampled)
-        first = first_group + mine.start
-        return [Episode(example, first + i // group_size, example["prompt_ids"], *rest, *score)
-                for i, (example, *rest, score) in enumerate(zip(asked, completions, texts, scores))]
+        return [Episode(e, first_group + mine.start + i // group_size, e["prompt_ids"], *rest, *score)
+                for i, (e, *rest, score) in enumerate(zip(asked, completions, texts, scores))]
 
     episodes = run.attempt("rollout", answer, examples[mine])
     for e in episodes if config.overlong_buffer else []:
@@ -444,9 +409,7 @@ def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: f
 def overlong_penalty(length: int, max_new_tokens: int, buffer: int) -> float:
     """What an answer of `length` tokens, its EOS counted, loses for coming near the limit: from 0 at
     max_new_tokens - buffer down in a line to -1 at the limit (DAPO, arXiv 2503.14476, eq. 13)."""
-    if buffer == 0:
-        return 0.0
-    return max(-1.0, min(0.0, (max_new_tokens - buffer - length) / buffer))
+    return max(-1.0, min(0.0, (max_new_tokens - buffer - length) / buffer)) if buffer else 0.0
 
 
 def is_solved(episode: Episode) -> bool:
@@ -474,13 +437,11 @@ def ask_reference(run: "Run", sequences: list[TrainSequence]) -> list:
 def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
     """After another engine has sampled: fill in the entropies, which it doesn't give, and each token's
     `importance`, min(exp(the update's log-probability - the sampler's), cap), at the sampling temperature.
-
     Returns metrics. Truncated importance sampling (Ionides 2008) makes up for another arithmetic, but not for
-    other weights: raises InputError when log-probabilities are 0.2 nats apart on average.
-    """
+    other weights: raises InputError when log-probabilities are 0.2 nats apart on average."""
     if not episodes or episodes[0].completion.entropies:
         return {}  # our own sampler, whose gap the update sees in passing
-    config, sequences = run.config, [TrainSequence.whole(e.prompt, e.completion.ids) for e in episodes]
+    config, sequences = run.config, [TrainSequence(e.prompt, e.completion.ids) for e in episodes]
     own = run.attempt("update", all_logprobs, sequences, temperature=config.temperature)
     logprobs, entropies = torch.cat(own, dim=1).cpu()
     ratio = (logprobs - torch.tensor([x for e in episodes for x in e.completion.logprobs])).exp()
@@ -498,8 +459,6 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
                   "importance_capped": (ratio > cap).float().mean().item()}
     return {name: x for name, x in means.items() if math.isfinite(x)}  # JSON has no NaN
 
-
-# ---- Evaluation and cold start -----------------------------------------------------------------------------
 
 def evaluate(run: "Run") -> dict:
     """Greedy accuracy, mean reward and the first three answers on held-out examples. With `eval_samples` k
@@ -532,7 +491,7 @@ def cold_start(run: "Run") -> None:
         batch = [rng.choice(run.examples) for _ in range(config.cold_start_batch)]
         answers = [data.demonstration_ids(tokenizer, model.config, e, rng) for e in batch]
         weight = 1 / sum(map(len, answers))
-        sequences = [TrainSequence.whole(e["prompt_ids"], ids, weight) for e, ids in zip(batch, answers)]
+        sequences = [TrainSequence(e["prompt_ids"], x, weight=weight) for e, x in zip(batch, answers)]
         mine = memory.share(sequences, [len(s) for s in sequences])
         parts = run.attempt("update", gradients, mine, temperature=1.0)
         rate = config.cold_start_lr * (1 - step / steps)
@@ -549,8 +508,7 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
 def flag(default, text: str, **metadata):
-    """A field of Config: its default, its help text and, where they apply, the BOUNDS of its value. `group`
-    is the title in `--help` of the flags from here on."""
+    """A field of Config; metadata: the BOUNDS of its value, the `group` in --help that begins with it."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -590,12 +548,11 @@ class Config:
     sampler: Literal["own", "vllm"] = flag("own", "vllm: sample with vLLM, if it is installed")
     max_rows: int | None = flag(None, "answers sampled at a time; default: what fits the memory", at_least=1)
 
-    loss_temperature: float | None = flag(None, "temperature in the loss; default: the sampling's", above=0,
-                                          group="the objective")
+    skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens", group="the objective")
+    loss_temperature: float | None = flag(None, "temperature in the loss; default: the sampling's", above=0)
     advantage_std: Literal["population", "sample", "batch", "none"] = flag(
         "population", "divisor of centred rewards: the group's deviation (/n, /(n-1)), the batch's, or none")
     advantage_eps: float = flag(1e-6, "added to that standard deviation", at_least=0)
-    skip_truncated: bool = flag(False, "leave out answers that hit --max-new-tokens")
     overlong_buffer: int = flag(0, "last tokens of an answer, which lower its reward (DAPO)", at_least=0)
     updates_per_batch: int = flag(1, "optimizer steps on a batch; 1 needs no ratio and no clip", at_least=1)
     ratio: Literal["token", "answer"] = flag("token", "of each token, or one for all of an answer's (GSPO)")
@@ -623,9 +580,8 @@ class Config:
     offload_optimizer: bool = flag(False, "optimizer state in host memory: less GPU memory, slower")
     micro_batch_tokens: int | None = flag(None, "tokens in an update's pass; default: planned", at_least=1)
 
-    eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0,
-                           group="evaluation and checkpoints")
-    eval_examples: int = flag(128, "held-out examples", at_least=1)
+    eval_examples: int = flag(128, "held-out examples", at_least=1, group="evaluation and checkpoints")
+    eval_every: int = flag(50, "steps between evaluations; 0: only before and after", at_least=0)
     eval_samples: int = flag(0, "also sample so many answers to each; report accuracy and pass@k", at_least=0)
     save_every: int = flag(50, "steps between checkpoints; 0: none by steps", at_least=0)
     save_minutes: float = flag(30.0, "minutes between checkpoints; 0: none by time", at_least=0)
@@ -645,7 +601,7 @@ class Config:
                            "fit; --device cuda --memory-budget-gib 12 is for such a card", mode=True)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, bounds = getattr(self, f.name), {k: x for k, x in f.metadata.items() if k in BOUNDS}
             if get_origin(f.type) is Literal and value not in get_args(f.type):
                 self.refuse(f.name, f"use one of {', '.join(get_args(f.type))}")
@@ -657,10 +613,9 @@ class Config:
             self.refuse("overlong_buffer", f"must be at most --max-new-tokens, {self.max_new_tokens}")
         if self.warmup_steps > max(self.steps, 1):
             self.refuse("warmup_steps", f"must be at most --steps, {self.steps}")
-        if self.reference_url and not (
-            self.reference_url.startswith(("http://", "https://")) and self.beta > 0
-            and self.reference_every == self.cold_start_steps == 0 and self.temperature_of_loss == 1
-        ):
+        frozen = self.reference_every == self.cold_start_steps == 0 and self.temperature_of_loss == 1
+        is_url = (self.reference_url or "").startswith(("http://", "https://"))
+        if self.reference_url and not (is_url and frozen and self.beta > 0):
             self.refuse("reference_url", "must begin with http:// or https://; the server's reference stays "
                         "as it is, at temperature 1, so it needs --beta above 0, --loss-temperature 1, "
                         "--reference-every 0 and --cold-start-steps 0")
@@ -678,15 +633,13 @@ class Config:
         return self.loss_temperature or self.temperature
 
     def settings(self) -> dict:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "mode" not in f.metadata}
+        return {f.name: getattr(self, f.name) for f in fields(self) if "mode" not in f.metadata}
 
 
-MAY_CHANGE = {  # when a run is resumed
-    "steps", "name", "output_dir", "device", "dtype", "trust_remote_code", "max_rows", "reference_url",
-    "learning_rate", "warmup_steps", "lr_schedule", "memory_budget_gib", "offload_optimizer",
-    "micro_batch_tokens", "eval_every", "eval_samples", "save_every", "save_minutes", "keep_checkpoints",
-    "report_to",
-}
+MAY_CHANGE = {"steps", "name", "output_dir", "device", "dtype", "trust_remote_code", "max_rows", "report_to",
+              "reference_url", "learning_rate", "warmup_steps", "lr_schedule", "memory_budget_gib",
+              "offload_optimizer", "micro_batch_tokens", "eval_every", "eval_samples", "save_every",
+              "save_minutes", "keep_checkpoints"}  # when a run is resumed
 
 RECIPES: dict[str, dict] = {
     "tiny": {"model": "embedded", "task": "mini-countdown", "steps": 200, "max_new_tokens": 24,
@@ -728,14 +681,12 @@ def make_config(recipe: str = "auto", **overrides) -> Config:
         recipe = "improved" if find_device(overrides.get("device", "auto")) == "cuda" else "tiny"
     if recipe not in RECIPES:
         raise InputError(f"--recipe {recipe}: no such recipe; use auto or one of {', '.join(RECIPES)}")
-    own, names = RECIPES[recipe], [f.name for f in dataclasses.fields(Config)]
+    own, names = RECIPES[recipe], [f.name for f in fields(Config)]
     if unknown := [name for name in overrides if name not in names]:
         raise InputError(f"{unknown[0]}: no such setting; the settings are {', '.join(names)}")
     settings = {**own, "recipe": recipe, **overrides}
-    if overrides.get("prompt_format") is None:  # the recipe's suits the recipe's task
-        same = settings.get("task") == own.get("task")
-        settings["prompt_format"] = own.get("prompt_format") if same else None
-    return Config(**settings)
+    own_format = own.get("prompt_format") if settings.get("task") == own.get("task") else None
+    return Config(**settings | {"prompt_format": overrides.get("prompt_format") or own_format})
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -784,14 +735,10 @@ class Run:
         return self.order[drawn : drawn + count]
 
     def attempt(self, phase: str, work: Callable, items: list, **options) -> list:
-        """The lists that work(run, items, **options) makes on all ranks, put together.
-
-        When memory runs out in the phase "rollout" or "update", the limits are made smaller, and the work
-        begins again, without gradients. An error on one rank is raised on every rank. Raises DoesNotFit when
-        the limits are at their least, but StepLost when this step has already changed weights.
-        """
-        longest = max(map(len, items), default=0) if phase == "update" else 0
-
+        """The lists that work(run, items, **options) makes on all ranks, put together. When memory runs out
+        in the phase "rollout" or "update", the limits are made smaller, and the work begins again, without
+        gradients. An error on one rank is raised on every rank. Raises DoesNotFit when the limits are at
+        their least, but StepLost when this step has already changed weights."""
         def until_it_fits() -> list:
             while True:
                 if phase == "update":
@@ -801,7 +748,7 @@ class Run:
                 except RuntimeError as error:
                     if not memory.is_out_of_memory(error):
                         raise
-                    smaller = self.limits.shrink(phase, longest)
+                    smaller = self.limits.shrink(phase, longest=max(map(len, items), default=0))
                     if smaller is None:
                         raise (StepLost if self.midway else memory.DoesNotFit)(
                             f"out of memory in the {phase} with the least that can be done at a time; try a "
@@ -814,12 +761,10 @@ class Run:
 
     def state_dict(self) -> dict:
         """Numbers, text and tensors only, so that it loads with weights_only=True: it can't run code."""
-        return {
-            "config": self.config.settings(), "limits": dataclasses.asdict(self.limits),
-            "optimizer": self.optimizer.state_dict(),
-            "reference": getattr(self.reference, "weights", None),  # a server keeps its own
-            **{name: getattr(self, name) for name in self.progress},
-        }
+        weights = getattr(self.reference, "weights", None)  # a server keeps its own
+        return {"config": self.config.settings(), "limits": asdict(self.limits),
+                "optimizer": self.optimizer.state_dict(), "reference": weights,
+                **{name: getattr(self, name) for name in self.progress}}
 
     def load_state_dict(self, state: dict) -> None:
         if hasattr(self.reference, "weights") != (state["reference"] is not None):
@@ -839,10 +784,8 @@ class Run:
 
 
 def open_run(config: Config) -> Run | None:
-    """All parts of a run, at its start or where its checkpoint left them. Nothing is written yet.
-
-    The plan comes before the weights: none are read when they can't fit. With `plan_only` it is all there is.
-    """
+    """All parts of a run, at its start or where its checkpoint left them; None if it is only planned. Nothing
+    is written yet. The plan comes before the weights: none are read when they can't fit."""
     if config.report_to != "none":
         data.import_service(config.report_to)  # refused now, where it is missing
     run, writes = Run(config, meet_ranks(config)), not (config.eval_only or config.plan_only)
@@ -851,12 +794,11 @@ def open_run(config: Config) -> Run | None:
     run.folder = memory.gather(lambda: [checkpoint.parent if checkpoint else named])[0]
     state, model = checkpoint and data.load_state(checkpoint), str(checkpoint or config.model)
     model_config, tokenizer = read_inputs(run, model)
-    if writes:
-        data.refuse_folder(run.folder, new=not config.resume)
     plan = make_plan(run, model_config, state)
     if config.plan_only:
         return None
     if writes:
+        data.refuse_folder(run.folder, new=not config.resume)
         # In a checkpoint: the weights, two moments of a byte each with scales, a reference, and bf16 masters'
         # lower halves.
         byte, saves = run.dtype.itemsize, bool(config.save_every or config.save_minutes)
@@ -864,11 +806,9 @@ def open_run(config: Config) -> Run | None:
         data.refuse_full_disk(run.folder, plan.parameters * (byte + checkpoint_bytes * saves))
     make_parts(run, model, tokenizer, plan)
     if state and writes:
-        try:
+        with told_as_input(f"--resume {checkpoint}: its state doesn't suit this run (go on with the device, "
+                           "dtype and model that it was made with)", (KeyError, RuntimeError, ValueError)):
             run.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"--resume {checkpoint}: its state doesn't suit this run ({error}); go on with "
-                             "the device, dtype and model that it was made with") from error
         say(f"resumed after step {run.step} from {checkpoint}")
     return run
 
@@ -890,11 +830,11 @@ def meet_ranks(config: Config) -> str:
 
 
 @contextmanager
-def told_as_input(what: str) -> Iterator[None]:
+def told_as_input(what: str, kinds: tuple = (ValueError,)) -> Iterator[None]:
     """Turn what memory.py and rewards.py refuse within it into an InputError about `what`."""
     try:
         yield
-    except ValueError as error:
+    except kinds as error:
         raise InputError(f"{what}: {error}") from error
 
 
@@ -943,16 +883,13 @@ def make_plan(run: Run, model_config, state: dict | None) -> memory.MemoryPlan:
         reference=config.beta > 0 and not config.reference_url, offload_optimizer=config.offload_optimizer,
         evaluated=math.ceil(config.eval_examples * max(1, config.eval_samples) / ranks), device=run.device,
         training=not config.eval_only, top_entropy=config.top_entropy, engine=config.sampler == "vllm",
-        trust_remote_code=config.trust_remote_code,
-    )
-    wanted = {"max_rows": config.max_rows, "micro_batch_tokens": config.micro_batch_tokens}
-    wanted, plan = {name: x for name, x in wanted.items() if x is not None}, None
+        trust_remote_code=config.trust_remote_code)
+    plan, asked = None, {"max_rows": config.max_rows, "micro_batch_tokens": config.micro_batch_tokens}
     if state and all(getattr(config, name) == state["config"].get(name)
                      for name in ("memory_budget_gib", "offload_optimizer")):
-        names = ("max_rows", "micro_batch_tokens", "recomputed_layers")
         with suppress(memory.DoesNotFit):  # there may be less memory than before
-            plan = planned(**{name: state["limits"][name] for name in names} | wanted)
-    plan = plan or planned(**wanted)
+            plan = planned(**{k: asked.get(k) or state["limits"][k] for k in (*asked, "recomputed_layers")})
+    plan = plan or planned(**asked)
     say(f"{plan.parameters / 1e6:.1f} M parameters\n{plan.table()}")
     if plan.host_bytes > (free := memory.detect_budget_bytes("cpu")):
         warn(f"this takes {plan.host_bytes / 1e9:.1f} GB of host memory, and {free / 1e9:.1f} GB are free")
@@ -976,9 +913,8 @@ def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None
             x[0] for x in all_logprobs(run, sequences, config.temperature_of_loss)])
     if config.sampler == "vllm":
         with told_as_input("--sampler vllm"):
-            run.sampler = memory.VLLMSampler(
-                policy.model, stops=policy.stops, max_model_len=run.longest,
-                kv_cache_bytes=plan.kv_cache_bytes, max_rows=run.limits.max_rows)
+            run.sampler = memory.VLLMSampler(policy.model, stops=policy.stops, max_rows=run.limits.max_rows,
+                                             max_model_len=run.longest, kv_cache_bytes=plan.kv_cache_bytes)
     run.optimizer = memory.AdamW8bit(policy.model.parameters(), config.learning_rate,
                                      weight_decay=config.weight_decay, offload=config.offload_optimizer)
     run.generator.manual_seed(config.seed)
@@ -989,9 +925,8 @@ def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None
 def open_policy(run: Run, model: str, tokenizer) -> data.Policy:
     """Load the policy and prepare it for sampling and updates. Raises InputError when its logits are not
     simply hidden @ head.T, or its attention can't take packed tokens."""
-    config = run.config
-    policy = data.load_policy(model, tokenizer, dtype=run.dtype, device=run.device, seed=config.seed,
-                              trust_remote_code=config.trust_remote_code)
+    policy = data.load_policy(model, tokenizer, dtype=run.dtype, device=run.device, seed=run.config.seed,
+                              trust_remote_code=run.config.trust_remote_code)
     with told_as_input(f"--model {model}"):
         memory.prepare_model(policy.model)
     memory.sum_gradients_in_fp32(policy.model.parameters())
@@ -1002,10 +937,8 @@ def open_policy(run: Run, model: str, tokenizer) -> data.Policy:
 
 @contextmanager
 def stop_requests(run: Run) -> Iterator[list[int]]:
-    """Within it the first Ctrl-C or SIGTERM is noted in the list given, and the second one stops at once.
-
-    Before an error that is the user's ends the run, the steps so far are saved, on all ranks.
-    """
+    """Within it the first Ctrl-C or SIGTERM goes into the list given; the second one stops at once. If an
+    error of the user's ends the run, the steps so far are saved, on all ranks."""
     signals: list[int] = []
 
     def note(number: int, frame) -> None:
@@ -1023,8 +956,8 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
     try:
         yield signals
     except (InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference) as error:
-        together = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
-        if together and not isinstance(error, StepLost):
+        known_to_all = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
+        if known_to_all and not isinstance(error, StepLost):
             run.save()
             if (run.folder / f"checkpoint-{run.step}").exists():
                 say(f"saved after step {run.step}; go on with --resume {run.folder}")
@@ -1051,33 +984,31 @@ def start(run: Run) -> None:
 def check_reference(run: Run) -> None:
     """Raise memory.NoReference unless the server's model is the policy, by what both make of prompts."""
     prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
-    sequences = [TrainSequence.whole(p[:1], p[1:]) for p in prompts]
+    sequences = [TrainSequence(p[:1], p[1:]) for p in prompts]
     pairs = zip(all_logprobs(run, sequences, 1.0), run.reference(sequences))
-    gaps = torch.cat([torch.zeros(0)] + [(mine[0].cpu() - theirs).abs() for mine, theirs in pairs])
-    if len(gaps) and not (gap := gaps.mean().item()) <= 0.1:  # bfloat16 makes it about 0.03
-        raise memory.NoReference(
-            f"the reference server's model {run.reference.model} is not the policy's: a token's log-"
-            f"probabilities are {gap:.2g} nats apart; serve the model that --model names")
+    gaps = [gap for own, served in pairs for gap in (own[0].cpu() - served).abs().tolist()]
+    if gaps and not (gap := statistics.fmean(gaps)) <= 0.1:  # bfloat16 makes it about 0.03
+        raise memory.NoReference(f"the reference server's model {run.reference.model} is not the policy's: a "
+                                 f"token's log-probabilities are {gap:.2g} nats apart; serve the model that "
+                                 "--model names")
 
 
-def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started: float, signals) -> dict:
+def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by, signals: list[int]) -> dict:
     """The end of a run: the final model, its evaluation, the picture and the summary, which is returned."""
     after, best, done = {}, data.best_evaluation(run.folder), stopped_by is None
     if done:
         data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
         after = evaluate(run)
+        dashboard.log(run.evaluations[-1], prefix="held-out/")
         best = data.save_best(run.policy, run.folder, run.evaluations[-1])
         stopped_by = signals[0] if signals else None  # it came in the evaluation, and is the exit code
     if metrics:  # none with --steps 0
         data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
-    compared = {f"{name}_{when}": x.get(name)
-                for name in ("accuracy", "reward", "sampled_accuracy", "pass_at_k")
-                for when, x in (("before", run.before), ("after", after))}
-    summary = {
-        "recipe": run.config.recipe, **compared, "steps": run.step, "seconds": time.monotonic() - started,
-        "peak_memory_bytes": memory.peak_memory(run.device), "evaluations": run.evaluations, "best": best,
-        "stopped_by": stopped_by,
-    }
+    summary = {"recipe": run.config.recipe, "steps": run.step, "seconds": time.monotonic() - started,
+               "peak_memory_bytes": memory.peak_memory(run.device), "evaluations": run.evaluations,
+               "best": best, "stopped_by": stopped_by}
+    for name in ("accuracy", "reward", "sampled_accuracy", "pass_at_k"):
+        summary |= {f"{name}_before": run.before.get(name), f"{name}_after": after.get(name)}
     with data.only_warned("summary.json can't be written", OSError):
         data.write_json(run.folder / "summary.json", summary)
     if done:
@@ -1088,16 +1019,10 @@ def finish(run: Run, metrics: list[dict], stopped_by: int | str | None, started:
     return summary
 
 
-MOST_BAD_STEPS = 5  # in a row, without finite loss and gradient
-
-
 def train(config: Config) -> dict:
-    """One run, start to end. Returns its summary, which is also written to summary.json.
-
-    Raises InputError, rewards.RewardError, memory.DoesNotFit or NoReference, each with a message for the
-    user. `stopped_by` in the summary (a signal's number, or "bad steps") tells that a run was ended early,
-    with a checkpoint.
-    """
+    """One run, start to end. Returns its summary, which is also written to summary.json. Its `stopped_by` (a
+    signal's number, or "bad steps") tells that the run was ended early, with a checkpoint. Raises InputError,
+    rewards.RewardError, memory.DoesNotFit or NoReference, each with a message for the user."""
     started, settings = time.monotonic(), config.settings()
     transformers.utils.logging.disable_progress_bar()  # the bars are ours
     run = open_run(config)
@@ -1136,10 +1061,8 @@ def train(config: Config) -> dict:
                 say(f"step {step}: {data.evaluation_in_words(found, config.eval_samples)}{told}")
                 data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
                 dashboard.log(run.evaluations[-1], prefix="held-out/")
-            if run.bad_steps >= MOST_BAD_STEPS:
-                stopped_by = "bad steps"
-            elif asked := memory.gather(lambda: list(signals)):  # of any rank
-                stopped_by = asked[0]
+            stops = ["bad steps"] * (run.bad_steps >= 5) + memory.gather(lambda: list(signals))  # of any rank
+            stopped_by = stops[0] if stops else None
             minutes = max(memory.gather(partial(list, [(time.monotonic() - saved_at) / 60])))
             due = (config.save_every and step % config.save_every == 0
                    or config.save_minutes and minutes >= config.save_minutes)
@@ -1149,10 +1072,7 @@ def train(config: Config) -> dict:
             if stopped_by is not None:
                 break
         bar.close()
-        summary = finish(run, metrics, stopped_by, started, signals)
-        if stopped_by is None:
-            dashboard.log(run.evaluations[-1], prefix="held-out/")
-        return summary
+        return finish(run, dashboard, metrics, started, stopped_by, signals)
 
 
 def ask(config: Config) -> None:
@@ -1195,30 +1115,30 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, group = fail, parser
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         if "group" in f.metadata:
             group = parser.add_argument_group(f.metadata["group"])
-        kind = next(x for x in (*get_args(f.type), f.type) if x is not NoneType)
+        how = {k: f.metadata[k] for k in ("help", "nargs", "const") if k in f.metadata}
         if get_origin(f.type) is Literal:
-            how = {"choices": get_args(f.type)}
+            how["choices"] = get_args(f.type)
         elif f.type is bool:
-            how = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+            how |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
         else:
-            how = {"type": kind, **{k: f.metadata[k] for k in ("nargs", "const") if k in f.metadata}}
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **how)
+            how["type"] = next(iter(get_args(f.type)), f.type)  # int of `int | None`, str of list[str]
+        group.add_argument(f"--{f.name.replace('_', '-')}", **how)
     group.add_argument("-h", "--help", action="store_true", help="print this, with the defaults of --recipe")
     return parser
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Config:
     """The Config that a command line asks for. A recipe, or a run that is there, sets the defaults."""
-    parser, fields = make_parser(), dataclasses.fields(Config)
+    parser, settings = make_parser(), fields(Config)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = [f"--{f.name.replace('_', '-')}" for f in fields]
+        flags = [f"--{f.name.replace('_', '-')}" for f in settings]
         nearest = difflib.get_close_matches(unknown[0], flags, n=1)
         parser.error(f"{unknown[0]}: no such flag" + (f", did you mean {nearest[0]}?" if nearest else ""))
-    given, taken, modes = vars(parsed), {}, {f.name for f in fields if "mode" in f.metadata}
+    given, taken, modes = vars(parsed), {}, {f.name for f in settings if "mode" in f.metadata}
     wants_help = given.pop("help", False)
     if "resume" in given and (checkpoint := data.find_checkpoint(
             given["resume"], given.get("output_dir", Config.output_dir), given.get("name"))):
@@ -1234,7 +1154,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
                              f"These may change: {', '.join(sorted(MAY_CHANGE))}")
         # Leave to run code is not taken over. The checkpoint's state holds the limits.
         own = {"trust_remote_code", "max_rows", "micro_batch_tokens", *modes}
-        taken = {f.name: saved[f.name] for f in fields if f.name in saved and f.name not in own}
+        taken = {f.name: saved[f.name] for f in settings if f.name in saved and f.name not in own}
     elif not given.keys().isdisjoint(modes) and "recipe" not in given and "resume" not in given:
         taken = data.settings_of_run(given.get("model", ""))
     code = [x for x in taken.get("reward", []) if rewards.is_code(x)]
