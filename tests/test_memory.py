@@ -804,6 +804,19 @@ def test_attention_out_of_reach_is_refused():
     assert "\n" not in str(refusal.value)
 
 
+def test_packed_tokens_that_come_out_otherwise_than_in_rows_are_refused(monkeypatch):
+    real = memory.pack
+
+    def mixed_up(prompts, completions):
+        *rest, places = real(prompts, completions)
+        places[0, 0, 1, 1] = 2  # the second answer sees a token of the first one
+        return [*rest, places]
+
+    monkeypatch.setattr(memory, "pack", mixed_up)
+    with pytest.raises(ValueError, match="attention"):
+        memory.prepare_model(tiny())
+
+
 class Waits(TorchDispatchMode):
     """Counts operations for whose result the host would wait for a GPU."""
 
