@@ -623,15 +623,15 @@ class NoReference(ConnectionError):
 
 
 class ReferenceServer:
-    """A frozen reference policy on a server that speaks OpenAI's completions with `prompt_logprobs`, such as
-    vLLM's. GRPO_REFERENCE_TOKEN in the environment may hold its bearer token. A server that is away is asked
-    again for `patience_seconds`. Raises NoReference after that; within five seconds of a stop (`stop()` is
-    true); at once if it refuses a request, or has no room for `longest` tokens, a prompt and its answer."""
+    """A frozen reference policy on a server of OpenAI's completions with `prompt_logprobs`, such as vLLM's.
+    Its bearer token is GRPO_REFERENCE_TOKEN of the environment. A server that is away is asked again for
+    `patience_seconds`. Raises NoReference after that; within five seconds of a stop (`stop()` is true); at
+    once if it refuses a request, or has no room for `longest` tokens, a prompt and its answer."""
 
     def __init__(self, url: str, *, longest: int, patience_seconds: float = 300, warn: Callable = print):
         self.url, self.warn, self.away = url.rstrip("/").removesuffix("/v1"), warn, False
         self.patience_seconds, self.stop = patience_seconds, lambda: False
-        self.model, room = self._ask("/v1/models", None, lambda answer: (
+        self.model, room = self._ask("models", None, lambda answer: (
             answer["data"][0]["id"], answer["data"][0].get("max_model_len") or math.inf))
         if longest >= room:  # it wants room for a new token, too
             raise NoReference(f"the reference server {url} takes {room - 1} tokens at most, a prompt and its "
@@ -644,9 +644,8 @@ class ReferenceServer:
             found = [float(e[str(i)]["logprob"]) for i, e in zip(x.completion, entries, strict=True)]
             return torch.tensor(found)[x.counted]
 
-        options = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        ask = lambda x: self._ask(
-            "/v1/completions", options | {"prompt": x.prompt + x.completion}, partial(read, x))
+        body = {"model": self.model, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        ask = lambda x: self._ask("completions", body | {"prompt": x.prompt + x.completion}, partial(read, x))
         logprobs = []
         with multiprocessing.pool.ThreadPool(REQUESTS_AT_ONCE) as pool:
             answers = pool.imap(ask, sequences)
@@ -660,7 +659,7 @@ class ReferenceServer:
 
     def _ask(self, path: str, body: dict | None, read: Callable):
         """What `read` takes from the server's answer to one request, made again while the server is away."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None,
+        request = urllib.request.Request(f"{self.url}/v1/{path}", json.dumps(body).encode() if body else None,
                                          {"Content-Type": "application/json"})
         if token := os.environ.get("GRPO_REFERENCE_TOKEN", "").strip():
             request.add_unredirected_header("Authorization", f"Bearer {token}")  # for this host alone
