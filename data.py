@@ -364,7 +364,9 @@ def read_file(source: str) -> list[tuple[int, dict]]:
 
     try:
         if kind == ".csv":
-            for row in csv.DictReader(lines(), strict=True):
+            csv.field_size_limit(2**31 - 1)  # a prompt may be longer than csv's own 131,072 characters
+            written = itertools.dropwhile(lambda line: not line.strip(), lines())
+            for row in csv.DictReader(written, strict=True):
                 if None in row:
                     raise csv.Error(f"more cells than the {len(row) - 1} columns")
                 if any(map(str.strip, filter(None, row.values()))):

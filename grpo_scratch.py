@@ -302,7 +302,8 @@ def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float,
         for name in ("importance", "sampled_logprobs", "old_logprobs", "ref_logprobs"):
             if getattr(batch[0], name) is not None:
                 by_token[name] = torch.cat([getattr(s, name) for s in batch])
-        by_token = {name: x.to(logprobs.device) for name, x in by_token.items()}
+        host = [name for name, x in by_token.items() if x.is_cpu]
+        by_token |= zip(host, memory.on_device([by_token[name] for name in host], logprobs.device))
         sampled = by_token.pop("sampled_logprobs", None)
         answers = torch.arange(len(batch)).repeat_interleave(counts) if by_answer else None
         loss, sums = grpo_loss(logprobs, answers=answers, **by_token, **loss_options)
@@ -1051,7 +1052,7 @@ def train(config: Config) -> dict:
             data.append_lines(run.folder / "metrics.jsonl", [record])
             samples = data.sample_records(step, episodes)
             data.append_lines(run.folder / "samples.jsonl", samples)
-            dashboard.log(record, samples[:3] if step % 10 == 1 else [])
+            dashboard.log(record)
             data.show_step(bar, record, config.steps)
             data.warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:

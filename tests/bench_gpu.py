@@ -204,7 +204,7 @@ def sampler(at: Setting) -> Iterator[Row]:
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
         model, kind = make_model(at, dtype), str(dtype).removeprefix("torch.")
         drawn = answer(model, prompts, max_new_tokens=at.new, group_size=2, uniform=uniform, max_rows=3)
-        sequences = [grpo.TrainSequence.whole(prompts[i // 2], c.ids) for i, c in enumerate(drawn)]
+        sequences = [grpo.TrainSequence(prompts[i // 2], c.ids) for i, c in enumerate(drawn)]
         found = {"update": memory.sequence_logprobs(model, sequences, 1.0)[0],
                  "sampler": torch.tensor([x for c in drawn for x in c.logprobs], device=at.device)}
         model.set_attn_implementation("eager")
@@ -276,10 +276,11 @@ def decoding(at: Setting) -> Iterator[Row]:
     heads, size = at.config.num_key_value_heads, at.config.hidden_size // at.config.num_attention_heads
     columns = 650
     for rows in at.rows:
-        cache, shape = memory.RowCache(rows, columns), (rows, heads, columns, size)
+        cache = memory.RowCache(rows, columns, columns - 1, model.dtype, at.device)
+        shape = (rows, heads, columns, size)
         cache.buffers = [torch.zeros(shape, dtype=model.dtype, device=at.device)
                          for _ in range(2 * at.config.num_hidden_layers)]
-        cache.live, cache.column = rows, columns - 1
+        cache.live = rows
         mask = torch.zeros(rows, 1, 1, columns, dtype=model.dtype, device=at.device)
         token = torch.zeros(rows, 1, dtype=torch.long, device=at.device)
         inputs = {"attention_mask": mask, "position_ids": token + columns - 1,
@@ -310,7 +311,7 @@ def update(at: Setting) -> Iterator[Row]:
     """How often a micro-batch makes the host wait; the optimizer's step."""
     model, layers = make_model(at), at.config.num_hidden_layers
     run = SimpleNamespace(policy=SimpleNamespace(model=model), limits=memory.Limits(1, 1, layers, layers))
-    sequences = [grpo.TrainSequence.whole([i] * PROMPT, [7] * at.new, weight=1e-3) for i in range(4)]
+    sequences = [grpo.TrainSequence([i] * PROMPT, [7] * at.new, weight=1e-3) for i in range(4)]
     work = lambda count: grpo.gradients(run, sequences[:count], temperature=1.0)  # a micro-batch for each
     more = lambda: (waits(partial(work, 4)) - waits(partial(work, 1))) / 3
     yield at.on_cuda("waits of a micro-batch", lambda: (share := more(), share == 0))

@@ -29,7 +29,7 @@ def round_weights() -> None:
 
     def step(self, closure=None):
         loss = exact_step(self, closure)
-        for p in self._params():
+        for p in self.owner:
             p.data.copy_(p.data.bfloat16())
         return loss
 

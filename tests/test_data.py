@@ -1058,3 +1058,12 @@ def test_samples_leave_out_what_only_the_run_needs():
         completion=completion,
     )
     assert data.sample_records(1, [episode])[0]["example"] == {"prompt": "a", "n": 1}
+
+
+def test_a_csv_may_begin_with_blank_lines_and_hold_long_cells(tmp_path):
+    long = "word " * 40_000
+    (tmp_path / "t.csv").write_text("\n  \nprompt,n\na,1\n" + f"{long},2\nc,3\n")
+    train, heldout = data.load_task(str(tmp_path / "t.csv"), train_examples=9, eval_examples=1, seed=0)
+    rows = sorted(train + heldout, key=lambda row: row["n"])
+    assert [(row["prompt"], row["n"], row.where[-6:]) for row in rows] == [
+        ("a", 1, "line 4"), (long, 2, "line 5"), ("c", 3, "line 6")]
