@@ -366,8 +366,7 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
                          "importance_capped", "bad_updates", "skipped")), **learned,
         "learning_rate": learning_rate(run.config, run.step), "groups_drawn": len(groups),
         "groups_kept": len(spread), "groups_without_spread": (len(groups) - len(spread)) / len(groups),
-        # Windows' clock stands still for 16 ms at a time.
-        "sampling_tokens_per_second": tokens / max(run.spent["sampling"], 1e-3),
+        "sampling_tokens_per_second": tokens / max(run.spent["sampling"], 1e-3),  # Windows' clock is coarse
         "update_tokens_per_second": sum(map(len, sequences)) / max(seconds - run.spent.total(), 1e-3),
         "scoring_seconds": run.spent["scoring"], "seconds": seconds,
         "peak_memory_bytes": memory.peak_memory(run.device)}
@@ -509,7 +508,7 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
 def flag(default, text: str, **metadata):
-    """A field of Config; metadata: the BOUNDS of its value, the `group` in --help that begins with it."""
+    """A field of Config. Metadata: BOUNDS of its value; `group`, the title in --help from this flag on."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -646,8 +645,8 @@ RECIPES: dict[str, dict] = {
     "tiny": {"model": "embedded", "task": "mini-countdown", "steps": 200, "max_new_tokens": 24,
              "eval_examples": 120, "learning_rate": 5e-4, "lr_schedule": "linear", "micro_batch_tokens": 2048,
              "cold_start_steps": 400, "cold_start_lr": 3e-3, "cold_start_batch": 32},
-    # Its learning rate is the default's: with the source's, 1e-5, a real model falls apart (tests/README.md).
-    # Its clip_high is for those who ask for more updates of a batch.
+    # improved has the default's learning rate: with the source's, 1e-5, a real model falls apart, see
+    # tests/README.md. Its clip_high is for those who ask for more updates of a batch.
     "improved": {"temperature": 0.5, "skip_truncated": True, "beta": 0.01, "reference_every": 10,
                  "clip_high": 0.3, "top_entropy": 0.2},
     "nano-aha": {"model": "Qwen/Qwen2.5-3B", "prompts_per_step": 16, "group_size": 4, "advantage_eps": 1e-4,
@@ -800,8 +799,7 @@ def open_run(config: Config) -> Run | None:
         return None
     if writes:
         data.refuse_folder(run.folder, new=not config.resume)
-        # In a checkpoint: the weights, two moments of a byte each with scales, a reference, and bf16 masters'
-        # lower halves.
+        # A checkpoint: weights, a reference, two moments of a byte with scales, bf16 masters' lower halves.
         byte, saves = run.dtype.itemsize, bool(config.save_every or config.save_minutes)
         checkpoint_bytes = byte * (1 + (config.beta > 0)) + 2 + 8 / 256 + 2 * (byte == 2)
         data.refuse_full_disk(run.folder, plan.parameters * (byte + checkpoint_bytes * saves))
