@@ -509,7 +509,7 @@ def test_a_reward_that_raises_on_one_rank_ends_all_with_its_message_once_and_the
         "    return len(completion) % 7 / 6\n")
     codes, said = together(run_with_a_late_error, 2, tmp_path)
     assert codes == [2, 2]
-    assert said.count("error: reward 'own.late' raised KeyError: 'of rank 1'") == 1
+    assert said.count("error: reward 'own.late' raised KeyError('of rank 1')") == 1
     saved = data.checkpoints(tmp_path / "run")  # 2 of 4 held-out answers, then 8 a step
     assert [data.step_of(path) for path in saved] == ["2"]
 

@@ -212,7 +212,7 @@ def test_cold_start_teaches_the_demonstrations(tmp_path):
 BAD = {
     "unknown recipe": (["--recipe", "nano"], "use auto or one of tiny, improved"),
     "unknown task": (["--task", "sudoku"], "use countdown, gsm8k"),
-    "unknown reward": (["--reward", "countdown_equatoin"], "did you mean countdown_equation?"),
+    "unknown reward": (["--reward", "countdown_equatoin"], "did you mean 'countdown_equation'?"),
     "unknown dtype": (["--dtype", "float16"], "invalid choice"),
     "unknown flag": (["--group-sise", "8"], "--group-sise: no such flag, did you mean --group-size?"),
     "no number": (["--steps", "many"], "invalid int value: 'many'"),
@@ -247,7 +247,7 @@ def test_bad_input_ends_with_one_line_exit_2_and_no_files(case, tmp_path, monkey
 @pytest.mark.parametrize("function, told", [
     ("broken", "'my_rewards.broken' raised ZeroDivisionError"),
     ("nothing", "'my_rewards.nothing' returned nan"), ("words", "'my_rewards.words' returned 'much'"),
-    ("gone", "has no attribute 'gone'"),
+    ("gone", "has no 'gone'; functions: "),
 ])
 def test_a_bad_custom_reward_is_named_and_nothing_is_written(
     function, told, tmp_path, own_task, monkeypatch, capsys
