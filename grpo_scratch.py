@@ -12,9 +12,9 @@ A step, `grpo_step`, does this:
     5. clip the gradient, and step the optimizer                     optimizer_step
     6. now and then copy the policy into the KL term's reference     memory.ReferencePolicy
 
-From here to `gradients` the file is the algorithm. Then come rollouts, evaluation, settings and recipes, the
-run, and the command line. memory.py knows how a transformer computes it in little memory, data.py what goes
-in and comes out, rewards.py whether an answer is right. Left out on purpose: adapters (every weight is
+From here to `optimizer_step` the file is the algorithm. Then come rollouts, evaluation, settings and recipes,
+the run, and the command line. memory.py lets a transformer compute it in little memory, data.py reads what
+goes in and writes what comes out, rewards.py scores answers. Left out on purpose: adapters (every weight is
 trained), top-p and top-k (they sample from another distribution than the one the loss differentiates).
 """
 
@@ -103,7 +103,7 @@ def sample_batch(run: "Run") -> tuple[list[Episode], list[Episode]]:
     """Groups of scored answers to fresh prompts: (all episodes, for the metrics; those kept for the update).
     `skip_truncated` drops answers that hit the length limit. A refill (dynamic sampling; DAPO, arXiv
     2503.14476, section 3.2) replaces the groups whose rewards are all equal by groups of fresh prompts,
-    because nothing can be learned from them."""
+    because nothing can be learned from them. Those of the last round stay."""
     config, episodes, kept, drawn, spread = run.config, [], [], 0, set()
     for _ in range(1 + config.refill_rounds):
         lacking = config.prompts_per_step - len(spread)
@@ -159,7 +159,7 @@ def high_entropy_mask(entropies: Tensor, fraction: float) -> Tensor:
     The threshold is the (1 - fraction) quantile. Tokens that tie with it are kept."""
     if fraction >= 1 or not len(entropies):
         return torch.ones_like(entropies, dtype=torch.bool)
-    # By rank, as torch.quantile stops at 16 M elements. The rounding keeps 0.8 * 5 from coming out above 4.
+    # By rank, as torch.quantile stops at 16 M elements. Rounded, because (1 - 0.7) * 10 comes out above 3.
     rank = math.ceil(round((1 - fraction) * (len(entropies) - 1), 6))
     return entropies >= entropies.kthvalue(rank + 1).values
 
@@ -171,7 +171,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, *,
     answers: Tensor | None = None, surrogate: str = "clip", importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO loss, - sum of weights * (surrogate - beta * KL), over tokens; all arguments of any one shape.
+    """The GRPO loss, - sum of weights * (surrogate - beta * KL), over tokens. All tensors have one shape.
 
     Without `old_logprobs` the batch is exactly on-policy. The ratio pi / pi_old is then 1, clipping can't
     act, and A * logprob has the same gradient as A * ratio.
@@ -179,8 +179,8 @@ def grpo_loss(
     a token whose ratio is clipped has no gradient. "cispo" (arXiv 2506.13585, eqs. 4 and 5) makes
     min(ratio, 1 + clip_high) the weight of A * logprob: every token keeps its gradient; clip_low is unused.
     `answers`, int64[n], says which answer each of n tokens belongs to. With it the loss is GSPO's (arXiv
-    2507.18071): the tokens of an answer share the mean of their logprob and of their logprob - old, and the
-    gradient flows through the mean. `importance` weighs the surrogate and has no gradient.
+    2507.18071): logprob and logprob - old are averaged over each answer, and the gradient flows
+    through that average. `importance` weighs the surrogate and has no gradient.
     The KL term is the k3 estimator (GRPO, arXiv 2402.03300, eq. 4) and always the token's own.
 
     Returns (0-dim loss, sums over the tokens): `kl` with a reference, and with old log-probabilities
@@ -315,7 +315,7 @@ def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float,
 
 
 def optimizer_step(run: "Run", optimizer, parts: list[dict], rate: float, max_grad_norm: float) -> dict:
-    """One step on the clipped gradients, which are gone after it. No step if a number is not finite. Returns
+    """Clip the gradients, make one step, and free them. No step if a number is not finite. Returns
     the sums of all ranks' `parts`, and the gradient's norm. Raises StepLost when memory runs out, because
     half a step can't be made again."""
     found, run.midway = Counter(), True
@@ -340,8 +340,8 @@ class StepLost(memory.DoesNotFit):
 
 
 def learning_rate(config: "Config", step: int) -> float:
-    """The rate of a step, counted from 1. It rises in a line, until it is --learning-rate at the last warm-up
-    step. With the schedule "linear" it falls from there, and would be zero one step after the last."""
+    """The rate of a step, counted from 1. It rises in a line to --learning-rate at the last warm-up step.
+    The schedule "linear" then falls, to reach zero one step after the last."""
     top = max(config.warmup_steps, 1)  # the first step at the full rate
     falls = max(0, step - top) / (config.steps - top + 1) if config.lr_schedule == "linear" else 0.0
     return config.learning_rate * min(1.0, step / top) * (1 - falls)
@@ -429,6 +429,7 @@ def all_logprobs(run: "Run", sequences: list[TrainSequence], temperature: float)
 
 
 def ask_reference(run: "Run", sequences: list[TrainSequence]) -> list:
+    """Fill in the reference's log-probabilities."""
     for sequence, logprobs in zip(sequences, run.reference(sequences)):
         sequence.ref_logprobs = logprobs
     return []
@@ -437,7 +438,7 @@ def ask_reference(run: "Run", sequences: list[TrainSequence]) -> list:
 def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
     """After another engine has sampled: fill in the entropies, which it doesn't give, and each token's
     `importance`, min(exp(the update's log-probability - the sampler's), cap), at the sampling temperature.
-    Returns metrics. Truncated importance sampling (Ionides 2008) makes up for another arithmetic, but not for
+    Returns metrics. Truncated importance sampling (Ionides 2008) corrects another engine's rounding, but not
     other weights: raises InputError when log-probabilities are 0.2 nats apart on average."""
     if not episodes or episodes[0].completion.entropies:
         return {}  # our own sampler, whose gap the update sees in passing
@@ -517,7 +518,7 @@ class Config:
     """Every setting of a run. A recipe changes defaults, a flag beats the recipe."""
 
     recipe: str = flag("auto", "settings to start from; auto: improved on CUDA, else tiny", group="the run")
-    steps: int = flag(500, "optimizer steps; each samples prompts-per-step x group-size answers", at_least=0)
+    steps: int = flag(500, "GRPO steps; each samples prompts-per-step x group-size answers", at_least=0)
     seed: int = flag(0, "of embedded weights, data and sampling; a CPU run repeats bit for bit")
     name: str | None = flag(None, "folder of the run below --output-dir; default: recipe and start time")
     output_dir: str = flag("runs", "folder that holds the runs")
@@ -553,15 +554,15 @@ class Config:
     advantage_std: Literal["population", "sample", "batch", "none"] = flag(
         "population", "divisor of centred rewards: the group's deviation (/n, /(n-1)), the batch's, or none")
     advantage_eps: float = flag(1e-6, "added to that standard deviation", at_least=0)
-    overlong_buffer: int = flag(0, "last tokens of an answer, which lower its reward (DAPO)", at_least=0)
+    overlong_buffer: int = flag(0, "last tokens before the limit that cost reward (DAPO)", at_least=0)
     updates_per_batch: int = flag(1, "optimizer steps on a batch; 1 needs no ratio and no clip", at_least=1)
-    ratio: Literal["token", "answer"] = flag("token", "of each token, or one for all of an answer's (GSPO)")
+    ratio: Literal["token", "answer"] = flag("token", "one ratio a token, or one an answer (GSPO)")
     surrogate: Literal["clip", "cispo"] = flag(
-        "clip", "what a ratio out of bounds does: its token has no gradient, or the bound's weight (CISPO)")
+        "clip", "a token out of bounds loses its gradient (clip), or is weighted by the bound (cispo)")
     clip_low: float = flag(0.2, "the ratio is clipped below at 1 - this", at_least=0, at_most=1)
     clip_high: float = flag(0.2, "and above at 1 + this", at_least=0)
     beta: float = flag(0.0, "coefficient of the KL divergence from a reference; 0 needs none", at_least=0)
-    reference_every: int = flag(0, "steps between copies of the policy into it; 0: never", at_least=0)
+    reference_every: int = flag(0, "steps after which the policy becomes the reference; 0: never", at_least=0)
     reference_url: str | None = flag(None, "server of the reference's log-probabilities, such as vLLM at "
                                      "http://host:8000; the variable GRPO_REFERENCE_TOKEN may hold its key")
     importance_cap: float = flag(2.0, "largest weight that makes up for vLLM's sampling; 0: none", at_least=0)
@@ -570,8 +571,8 @@ class Config:
     top_entropy: float = flag(1.0, "share of tokens, by entropy, that the loss uses", above=0, at_most=1)
 
     learning_rate: float = flag(1e-6, "of AdamW", at_least=0, group="the optimizer")
-    warmup_steps: int = flag(0, "steps in which the learning rate rises to that, in a line", at_least=0)
-    lr_schedule: Literal["constant", "linear"] = flag("constant", "after that; linear: falls to zero")
+    warmup_steps: int = flag(0, "steps in which the learning rate rises in a line", at_least=0)
+    lr_schedule: Literal["constant", "linear"] = flag("constant", "after the warm-up; linear: to zero")
     weight_decay: float = flag(0.0, "decoupled, as in AdamW", at_least=0)
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 never clips", at_least=0)
 
@@ -693,7 +694,7 @@ def make_config(recipe: str = "auto", **overrides) -> Config:
 
 @dataclass
 class Run:
-    """A run under way. `open_run` fills in its parts. What follows `before` changes from step to step."""
+    """A run under way. `open_run` fills in its parts. A checkpoint saves what `progress` names."""
 
     config: Config
     device: str
@@ -736,9 +737,9 @@ class Run:
 
     def attempt(self, phase: str, work: Callable, items: list, **options) -> list:
         """The lists that work(run, items, **options) makes on all ranks, put together. When memory runs out
-        in the phase "rollout" or "update", the limits are made smaller, and the work begins again, without
-        gradients. An error on one rank is raised on every rank. Raises DoesNotFit when the limits are at
-        their least, but StepLost when this step has already changed weights."""
+        in the phase "rollout" or "update", it shrinks the limits, clears the gradients, and starts over. An
+        error on one rank is raised on every rank. When the limits can't shrink, it raises StepLost if this
+        step has changed weights, else DoesNotFit."""
         def until_it_fits() -> list:
             while True:
                 if phase == "update":
@@ -838,8 +839,8 @@ def told_as_input(what: str, kinds: tuple = (ValueError,)) -> Iterator[None]:
 
 
 def read_inputs(run: Run, model: str) -> tuple:
-    """Read data and rewards into the run. Returns the model's config and its tokenizer. What can't be used is
-    refused now: a reward is tried on one answer, and demonstrations and gold answers are read in all rows."""
+    """Read data and rewards into the run. Returns the model's config and its tokenizer. Refuses
+    bad input now: it tries each reward on one answer, and reads all demonstrations and gold answers."""
     config = run.config
     loaded = data.load_task(
         config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
@@ -898,8 +899,8 @@ def make_plan(run: Run, model_config, state: dict | None) -> memory.MemoryPlan:
 def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None:
     """Read the weights, and make what computes."""
     config, run.limits = run.config, plan.limits
-    # The rest of the card stays free for kernels that CUDA loads later. vLLM's own memory, which it gives
-    # back while it sleeps, would go on counting.
+    # Cap torch's memory, so that CUDA can load kernels later. Not with vLLM: the cap would go on counting the
+    # memory that it gives back while it sleeps.
     if run.device == "cuda" and config.sampler == "own":
         total = torch.cuda.get_device_properties(run.device).total_memory
         allowed = memory.ALLOCATOR_SHARE * plan.memory_budget_bytes
@@ -1130,7 +1131,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Config:
-    """The Config that a command line asks for. A recipe, or a run that is there, sets the defaults."""
+    """The Config that a command line asks for. Defaults come from a recipe, or from an existing run."""
     parser, settings = make_parser(), fields(Config)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -1151,7 +1152,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         if changed:
             raise InputError(f"--resume {checkpoint}: {', '.join(changed)}; drop it, or start a new run. "
                              f"These may change: {', '.join(sorted(MAY_CHANGE))}")
-        # Leave to run code is not taken over. The checkpoint's state holds the limits.
+        # Permission to run code must be given again. The limits come from the checkpoint's state.
         own = {"trust_remote_code", "max_rows", "micro_batch_tokens", *modes}
         taken = {f.name: saved[f.name] for f in settings if f.name in saved and f.name not in own}
     elif not given.keys().isdisjoint(modes) and "recipe" not in given and "resume" not in given:
