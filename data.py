@@ -348,8 +348,8 @@ def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[
 
 
 def read_file(source: str) -> list[tuple[int, dict]]:
-    """The rows of a file, each after its line, or its number in a JSON list or a parquet file. Values are
-    what the file says; `datasets` would lose a csv's words None and NA, and change dates and "007"."""
+    """(number, row) for each row of a file: its line, or its index in a JSON list or a parquet file. Values
+    are what the file says; `datasets` would lose a csv's words None and NA, and change dates and "007"."""
     path, kind, number, rows = Path(source), Path(source).suffix.lower(), 0, []
     if kind == ".parquet":
         import pyarrow.parquet
@@ -442,7 +442,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     words = ["numbers ", " target ", " + ", " - ", " * ", " = ", " < ", " > ", ", ",
              "<think>", "</think>", "\n<answer>", "</answer>"]
-    # Longer numbers are spelled in digits: how many says much about the operator that a target needs.
+    # Longer numbers are spelled in digits. Their count hints at the operator that a target needs.
     numbers = map(str, range(10, MINI_LARGEST + 1))
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     tokenizer.add_tokens([AddedToken(number, normalized=False, single_word=True) for number in numbers])
@@ -549,7 +549,7 @@ EVALUATION = "evaluation.json"  # in `best`
 
 
 def first_rank() -> bool:
-    """Whether this process writes files and talks: not if torchrun has started it beside the first one."""
+    """Whether this process writes files and prints. Of torchrun's processes only the first one does."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -684,7 +684,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> None:
-    """Write `checkpoint-<step>`; then remove all but the newest `keep` (0: none). A failure only warns."""
+    """Write `checkpoint-<step>`; then keep only the newest `keep` (0: all). A failure only warns."""
     checkpoint = folder / f"checkpoint-{state['step']}"
     if first_rank() and not checkpoint.exists() and save_folder(policy, checkpoint, state=state):
         for old in checkpoints(folder)[:-keep] if keep else []:
@@ -845,7 +845,7 @@ class Dashboard:
 
 
 def say(message: str = "", file=None, from_all: bool = False) -> None:
-    """Print a line past the bars, on the first rank or `from_all`. A reader that has gone ends no run."""
+    """Print a line past the bars, on the first rank or `from_all`. A closed pipe ends no run."""
     file = file or sys.stdout
     if not (first_rank() or from_all) or file is None or file.closed:  # closed outright, as by `>&-`
         return
@@ -907,7 +907,7 @@ def report(summary: dict, eval_samples: int, folder: Path) -> str:
     lines, best = ["", f"{'':<28}{'before':>8}{'after':>8}"], summary["best"]
     for key, words in MEASURES.items():
         old, new = summary.get(f"{key}_before"), summary.get(f"{key}_after")
-        if old is not None and new is not None:  # not asked for, or only since the run was resumed
+        if old is not None and new is not None:  # None: not measured, or only since a resume
             lines.append(f"{words.format(eval_samples):<28}{old:>8.3f}{new:>8.3f}")
     told = f"best/ (held-out accuracy {best['accuracy']:.3f}, step {best['step']})"
     names = ["curves.png", "samples.jsonl", "final/"] + [told] * (best["accuracy"] >= 0)

@@ -1153,8 +1153,9 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
             raise InputError(f"--resume {checkpoint}: {', '.join(changed)}; drop it, or start a new run. "
                              f"These may change: {', '.join(sorted(MAY_CHANGE))}")
         # Permission to run code must be given again. The limits come from the checkpoint's state.
-        own = {"trust_remote_code", "max_rows", "micro_batch_tokens", *modes}
+        own = {"trust_remote_code", *modes}
         taken = {f.name: saved[f.name] for f in settings if f.name in saved and f.name not in own}
+        taken |= {"max_rows": None, "micro_batch_tokens": None}
     elif not given.keys().isdisjoint(modes) and "recipe" not in given and "resume" not in given:
         taken = data.settings_of_run(given.get("model", ""))
     code = [x for x in taken.get("reward", []) if rewards.is_code(x)]

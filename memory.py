@@ -52,8 +52,8 @@ HEAD_WORKSPACE = 300 * 2**20  # bytes of logits that token_logprobs holds at a t
 ALLOCATOR_SHARE = 1.03  # CUDA's allocator may reserve so many times what tensors may take: fragments
 OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, which share a scale in the moments
 REQUESTS_AT_ONCE, PAUSE = 16, 2.0  # to a reference server; seconds before it is asked again
-LOGITS_AT_ONCE = {"cpu": 2**20}  # that choose_tokens holds, twice: few, for a CPU's last cache; else 2**24
-CHECK_EVERY = {"cpu": 1}  # steps between looks at which rows have finished, which make the host wait; else 8
+LOGITS_AT_ONCE = {"cpu": 2**20}  # choose_tokens holds two copies: few, to fit a CPU's cache; else 2**24
+CHECK_EVERY = {"cpu": 1}  # steps between checks for finished rows; each makes the host wait; else 8
 PREFILLED = 32  # prompts in a pass; plan counts so many
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
@@ -254,10 +254,10 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     A bf16 parameter is the upper half of a float32 master. The lower half, the int16 `remainder`, is in the
     optimizer's state. Without it nearly every weight loses a step of 1e-6: near 0.02, bf16 steps by 1.2e-4.
     The masters are bit for bit what the library makes of float32 weights. Gradients are float32 or of the
-    parameter's dtype. offload=True keeps the state in host memory, apart from one parameter's in a step.
+    parameter's dtype. offload=True keeps the state in host memory; a step loads one parameter's.
 
     With several ranks each parameter has an owner, the only rank with its state (Rajbhandari et al., ZeRO,
-    arXiv 1910.02054, stage 1): there sum_gradients() sums its gradient, and step() updates it for all.
+    arXiv 1910.02054, stage 1): sum_gradients() sums its gradient there, and step() updates it for all.
     """
 
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999),
@@ -320,7 +320,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         params = list(self.owner)
         if self.ranks == 1:
             return torch.nn.utils.clip_grad_norm_(params, max_norm)
-        # What a rank does alone goes through gather: where it fails, no rank waits for it in a collective.
+        # A rank's own work runs inside gather: if it fails, no rank waits for it in a collective.
         def complete() -> list[int]:
             found = [i for i, p in enumerate(params) if p.grad is not None]
             for p in params:
@@ -334,7 +334,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                     dist.reduce(part, self.owner[p])
             if i not in found or self.owner[p] != self.rank:
                 p.grad = None
-        # Not the owners' norms but the parameters': equal gradients have one norm however they are owned.
+        # Norms are taken a parameter at a time, so the total does not depend on who owns what.
         norms = gather(lambda: [(i, torch.nn.utils.get_total_norm([p.grad]).item())
                                 for i, p in enumerate(params) if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.tensor([x for _, x in sorted(norms)]))
@@ -354,7 +354,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     def state_dict(self) -> dict:
         """The state as torch's optimizers give it: tensors, numbers and lists, for weights_only=True. All
-        ranks must call it. Rank 0 gets all of it, what others own in host memory; they get their own."""
+        ranks must call it. Rank 0 gets all, the others' parts in host memory. The others get their own."""
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         states = saved["state"]
         # Tensor by tensor, because pickling takes three times as much.
@@ -398,7 +398,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
     """Within it, the first `count` decoder layers (None: all) keep only their input for the backward pass,
     which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The backward pass
-    may come after it; it frees the last layers' activations first, so these are kept. transformers' own
+    may run later. It frees the last layers' activations first, so those layers keep theirs. transformers' own
     switch wants training mode, whose dropout would change the log-probabilities."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:count]
     for layer in layers:  # no dropout, so no random state to keep
@@ -414,9 +414,9 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
     """The sequences, each once, in batches that cost at most limits.micro_batch_tokens; each has `prompt` and
     `completion` (token ids), of which the last token is predicted, but not read.
 
-    A token that the model computes costs 1 - place_share, and each of its places in the padded rows of
-    attention place_share. So a sequence alone costs its length, and a prompt is paid once for the answers
-    that share it, which stay together. The longest come first: what doesn't fit fails at once.
+    A computed token costs 1 - place_share. Each of its places in attention's padded rows costs place_share.
+    So a lone sequence costs its length. Answers to one prompt stay together, and its tokens are paid once.
+    The longest come first, so what doesn't fit fails at once.
     """
     length = lambda s: len(s.prompt) + len(s.completion) - 1
     # The longest of the sequences that share a prompt, as later entries replace earlier ones.
@@ -573,8 +573,8 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
     *layout, where, targets = on_device([*layout, torch.cat(where), torch.cat(targets)], model.device)
     with recompute_layers(model, recomputed_layers if learning else 0):
         hidden = packed_hidden_states(model.base_model, *layout)
-        # A prompt's last position comes up for each answer: indexing, unlike F.embedding, would add up their
-        # gradients in the order in which threads arrive.
+        # Each answer reads its prompt's last position. Indexing would add up their gradients in the order in
+        # which threads arrive; F.embedding does not.
         hidden = F.embedding(where, hidden)
         head = model.get_output_embeddings().weight
         return token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
@@ -583,8 +583,8 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
 # ---- The reference policy ----------------------------------------------------------------------------------
 
 class ReferencePolicy:
-    """A copy of a model's weights in host memory. Within swapped_in() the model computes with it. A call
-    returns what `logprobs`, a function of sequences, computes within it."""
+    """A copy of a model's weights in host memory. Within swapped_in() the model computes with this copy. A
+    call returns logprobs(sequences), computed there."""
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
         self.model, self.logprobs = model, logprobs
@@ -624,9 +624,9 @@ class NoReference(ConnectionError):
 
 class ReferenceServer:
     """A frozen reference policy on a server of OpenAI's completions with `prompt_logprobs`, such as vLLM's.
-    Its bearer token is GRPO_REFERENCE_TOKEN of the environment. A server that is away is asked again for
-    `patience_seconds`. Raises NoReference after that; within five seconds of a stop (`stop()` is true); at
-    once if it refuses a request, or has no room for `longest` tokens, a prompt and its answer."""
+    Its bearer token is GRPO_REFERENCE_TOKEN of the environment. It asks an absent server again for
+    `patience_seconds`, then raises NoReference. It raises that within five seconds once `stop()` is true, and
+    at once if a request is refused, or if there is no room for `longest` tokens, a prompt and its answer."""
 
     def __init__(self, url: str, *, longest: int, patience_seconds: float = 300, warn: Callable = print):
         self.url, self.warn, self.away = url.rstrip("/").removesuffix("/v1"), warn, False
@@ -732,7 +732,7 @@ class RowCache(transformers.Cache):
         self.mask[rows, begin:end] = torch.where(visible, 0, self.blocked)[source].to(self.mask.dtype)
 
     def shrink(self, going: list[int], *states: Tensor) -> None:
-        """Make the rows `going` the first and only ones, here and in `states`, each with an entry a row."""
+        """Keep only the rows `going`, moved to the front, here and in `states` (one entry a row)."""
         self.live = len(going)
         gaps, movers = set(range(self.live)) - set(going), [row for row in going if row >= self.live]
         moves = [torch.tensor(x, dtype=torch.long) for x in (sorted(gaps), movers)]
@@ -771,8 +771,8 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
 def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = None) -> tuple[Tensor, ...]:
     """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows].
 
-    The token is where the running sum of the row's probabilities passes `uniform`[rows], float64, 0 <= u < 1;
-    at temperature 0 the likeliest, with its numbers at 1. A row with NaN or +inf has a NaN log-probability.
+    The token is where the row's running probability passes `uniform`[rows] (float64, 0 <= u < 1). Temperature
+    0 takes the likeliest, with its numbers at 1. A row with NaN or +inf has a NaN log-probability.
     """
     (rows, vocab), made = logits.shape, []
     at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
@@ -908,7 +908,7 @@ def refuse_short_windows(config, tokens: int) -> None:
     for part in (rope, *(x for x in rope.values() if isinstance(x, dict))):  # one for each type of layer
         kind = part.get("rope_type", part.get("type"))
         limit = part.get("original_max_position_embeddings") if kind == "longrope" else None
-        limit = limit or config.max_position_embeddings
+        limit = limit or getattr(config, "max_position_embeddings", math.inf)
         # transformers picks a whole batch's frequencies by its longest row: one row beyond the limit changes
         # all others, and a row that crosses it has keys of both kinds in its cache.
         if kind in ("longrope", "dynamic") and tokens > limit:
@@ -929,7 +929,7 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or it couldn't read the policy's tensors
         model.config.architectures = [type(model).__name__]  # as save_pretrained sets them
-        gc.collect()  # an earlier engine that goes away later would take torch.distributed's groups with it
+        gc.collect()  # an old engine, if collected later, would destroy torch.distributed's groups
         try:
             import vllm
 
@@ -941,7 +941,7 @@ class VLLMSampler:
                     folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
                     dtype=model.dtype, max_model_len=max_model_len, max_num_seqs=max_rows,
                     logprobs_mode="processed_logprobs",  # its default leaves the temperature out of them
-                    # The cache's bytes are given, so the share of the GPU decides nothing, but must be free.
+                    # We give the cache's size. The share of the GPU only has to be free.
                     kv_cache_memory_bytes=kv_cache_bytes, gpu_memory_utilization=0.01,
                     enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu,
                 )
@@ -969,7 +969,7 @@ class VLLMSampler:
                  temperature: float = 1.0, uniform: Tensor | None = None,
                  max_rows: int | None = None) -> list[Completion]:
         """As `sample`, but without entropies. `uniform`[e, 0] seeds answer e; max_rows has no effect."""
-        # A request for each answer: in one for a group, child i would be seeded with seed + i.
+        # One request an answer, because vLLM seeds child i of a group with seed + i.
         requests = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(group_size)]
         seeds = [None] * len(requests) if uniform is None else (uniform[:, 0] * 2**53).long().tolist()
         parameters = [self.new_parameters(seed=seed, temperature=temperature, max_tokens=max_new_tokens)
@@ -1000,10 +1000,10 @@ class Limits:
     micro_batch_tokens: int  # see micro_batches
     recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
     layers: int
-    place_share: float = 0.1  # of the bytes kept for a token alone, those kept for its place in a padded row
+    place_share: float = 0.1  # the padded row's share of the bytes that a lone token keeps
 
     def shrink(self, phase: Literal["rollout", "update"], longest: int) -> str | None:
-        """Halve what `phase` computes at a time, and say it in words; None if nothing is left to halve.
+        """Let `phase` take less memory, and say how in words; None if it is at its least.
         longest: tokens of the update's longest sequence."""
         back = "(to set it back later: --resume RUN --{} N)"
         if phase == "rollout" and self.max_rows > 1:
@@ -1104,7 +1104,7 @@ def plan(
     # Moments: a byte each and a float32 a block of 256, or float32 for small parameters; lower halves.
     optimizer = training * sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n)
                                + (2 * n if byte == 2 else 0) for n in owned)
-    # While the reference computes, the policy's weights are on the host too; on a CPU the gradients aren't.
+    # During the reference's pass the host holds the policy's weights, too. A CPU has no gradients then.
     resting = byte * parameters * (1 if device == "cpu" else 2) * (training and reference)
     resting += optimizer * offload_optimizer
     kv_token = 2 * keys * byte * layers
@@ -1125,7 +1125,7 @@ def plan(
         return share, computed + share * (places - computed), computed, places
 
     def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
-        # Rows that are admitted late get columns of their own, half as many as an answer, until old ones go.
+        # Late rows need more columns, half an answer's, until old ones are dropped.
         # vLLM has a block more; its blocks are of 128 tokens on CPUs, and smaller on GPUs.
         waiting, asked = rows < max(episodes, evaluated) and not engine, max(prompts, evaluated)
         columns, block = episode + waiting * max_new_tokens // 2, 128 if engine else 8
@@ -1203,8 +1203,8 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if expandable and not by_user and "microsoft" not in platform.release():  # WSL's drivers fail at them
-        # Rollout and update take turns: segments that grow leave no holes that fit neither. The environment's
-        # variable is read when CUDA starts, as bitsandbytes is imported: too early for this.
+        # Rollout and update take turns. Growing segments leave no holes that fit neither. It is too late for
+        # the environment's variable: importing bitsandbytes has started CUDA, which reads it.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     if not torch.cuda.is_available():  # a plan for a card that isn't there
         return

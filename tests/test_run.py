@@ -1272,3 +1272,16 @@ print(g.train(g.make_config("tiny", **settings | dict(steps=3, resume={str(tmp_p
     assert [line for line in done.stdout.splitlines() if line in ("2", "3")] == ["2", "3"]
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"checkpoint-3", "final", "summary.json"} <= names and not any(":" in name for name in names)
+
+
+def test_a_resumed_run_keeps_limits_that_memory_has_made_smaller_until_a_flag_sets_them_back(tmp_path):
+    """`tiny` itself sets the micro-batches' size, which must not come back by the recipe."""
+    g.train(quick(tmp_path, steps=1, save_every=1))
+    path = tmp_path / "run" / "checkpoint-1" / data.STATE
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "limits": state["limits"] | {"max_rows": 3, "micro_batch_tokens": 77}}, path)
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "2"]
+    limits = g.open_run(g.parse_command_line(resume)).limits
+    assert (limits.max_rows, limits.micro_batch_tokens) == (3, 77)
+    limits = g.open_run(g.parse_command_line([*resume, "--max-rows", "5"])).limits
+    assert (limits.max_rows, limits.micro_batch_tokens) == (5, 77)
