@@ -802,7 +802,8 @@ def open_run(config: Config) -> Run | None:
         data.refuse_folder(run.folder, new=not config.resume)
         # A checkpoint: weights, a reference, two moments of a byte with scales, bf16 masters' lower halves.
         byte, saves = run.dtype.itemsize, bool(config.save_every or config.save_minutes)
-        checkpoint_bytes = byte * (1 + (config.beta > 0)) + 2 + 8 / 256 + 2 * (byte == 2)
+        has_reference = config.beta > 0 and not config.reference_url
+        checkpoint_bytes = byte * (1 + has_reference) + 2 + 8 / 256 + 2 * (byte == 2)
         data.refuse_full_disk(run.folder, plan.parameters * (byte + checkpoint_bytes * saves))
     make_parts(run, model, tokenizer, plan)
     if state and writes:
