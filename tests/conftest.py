@@ -1,10 +1,14 @@
 """What several test files share: the hub is never asked, and a small Qwen2 folder to load from."""
 
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and so do the runs that they start
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background job, and of its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
