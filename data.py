@@ -821,6 +821,7 @@ class Dashboard:
                 send = lambda values, step: [writer.add_scalar(name, x, step) for name, x in values.items()]
                 self.run = SimpleNamespace(log=send, finish=writer.close)
             else:
+                folder.mkdir(parents=True, exist_ok=True)  # or wandb writes elsewhere, and is not found again
                 ids = [path.name.rpartition("-")[2] for path in folder.glob("wandb/*run-*-*")] or [None]
                 own = {"id": ids[-1], "dir": str(folder)} if service == "wandb" else {}
                 self.run = import_service(service).init(

@@ -1031,6 +1031,19 @@ def test_services_get_numbers_and_config_and_the_same_run_again(service, tmp_pat
     assert [name for name, *_ in module.calls].count("finish") == 2
 
 
+def test_wandbs_folder_is_there_when_it_starts(tmp_path, own_task, monkeypatch):
+    found = []
+
+    class Module(StandIn):
+        def init(self, **named):
+            found.append(Path(named["dir"]).is_dir())
+            return self
+
+    monkeypatch.setitem(sys.modules, "wandb", Module())
+    g.train(quick(tmp_path, report_to="wandb", **own_task))
+    assert found == [True]
+
+
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_a_service_that_is_down_is_warned_of_once_and_stops_nothing(failing, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", StandIn([failing]))
