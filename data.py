@@ -405,7 +405,7 @@ def make_example(row: dict, task: str, where: str) -> Example:
     needed = built_in.get(task, 'prompt must be text or a list of {"role", "content"} messages')
     example = None
     match task if task in built_in else "prompt", row:
-        case "countdown", {"nums": [_, _, *_] as nums, "target": int(x)} if all(type(n) is int for n in nums):
+        case "countdown", {"nums": [_, _, *_] as nums, "target": x} if {int} == {*map(type, [*nums, x])}:
             example = Example(nums=nums, target=x)
         case "gsm8k", {"question": str() as question, "answer": str() as answer} if "####" in answer:
             reasoning, _, answer = map(str.strip, answer.rpartition("####"))

@@ -1067,3 +1067,10 @@ def test_a_csv_may_begin_with_blank_lines_and_hold_long_cells(tmp_path):
     rows = sorted(train + heldout, key=lambda row: row["n"])
     assert [(row["prompt"], row["n"], row.where[-6:]) for row in rows] == [
         ("a", 1, "line 4"), (long, 2, "line 5"), ("c", 3, "line 6")]
+
+
+@pytest.mark.parametrize("nums, target", [
+    ([3, 4], True), ([3, 4.0], 7), ([3], 3), ([3, "4"], 7), ([3, 4], None)])
+def test_a_countdown_row_holds_whole_numbers_only(nums, target):
+    with pytest.raises(data.InputError, match="t.jsonl, line 2: nums must be a list of at least two whole"):
+        data.make_example({"nums": nums, "target": target}, "countdown", "t.jsonl, line 2")
