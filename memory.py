@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 import urllib.request
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -1139,7 +1140,8 @@ def plan(
         if engine:  # logits, probabilities and noise in float32; by default a prefill is of 8,192 tokens
             sampling = max(12 * rows * vocab, 2**13 * 3 * byte * inner)
         # The update.
-        in_batch = next((r for r in range(episodes, 1, -1) if filled(r, recomputed)[1] <= tokens), 1)
+        cost_of = lambda r: filled(r, recomputed)[1]  # it grows with r
+        in_batch = bisect_right(range(1, episodes + 1), tokens, key=cost_of) or 1
         share, cost, computed, places = filled(in_batch, recomputed)
         alone = in_batch == episodes  # then gradients come as activations go, the head's first
         more = 1 if alone else max(1, tokens / cost)
