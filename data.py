@@ -489,16 +489,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
-    config, tokenizer = (
-        fetch(f"--model {model}", kind.from_pretrained, model, trust_remote_code=trust_remote_code)
-        for kind in (transformers.AutoConfig, transformers.AutoTokenizer)
-    )
-    if quantized := getattr(config, "quantization_config", None):
-        method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
-        raise InputError(f"--model {model}: its weights are quantized ({method}); use the unquantized model")
-    for part in (config, config.get_text_config()):
-        if getattr(part, "output_router_logits", False):
-            part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
+    config, load = only_config(model, trust_remote_code), transformers.AutoTokenizer.from_pretrained
+    tokenizer = fetch(f"--model {model}", load, model, trust_remote_code=trust_remote_code)
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None or tokenizer.eos_token_id >= rows:  # some classes make one up
         names = [tokenizer.convert_ids_to_tokens(i) for i in declared(model)[1] if i < rows]
@@ -507,6 +499,18 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
         raise InputError(f"--model {model}: neither its tokenizer nor its generation config has an end-of-"
                          "sequence token that its embeddings know, so no answer could ever end")
     return config, tokenizer
+
+
+def only_config(model: str, trust_remote_code: bool) -> transformers.PreTrainedConfig:
+    load = transformers.AutoConfig.from_pretrained
+    config = fetch(f"--model {model}", load, model, trust_remote_code=trust_remote_code)
+    if quantized := getattr(config, "quantization_config", None):
+        method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
+        raise InputError(f"--model {model}: its weights are quantized ({method}); use the unquantized model")
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
+    return config
 
 
 def declared(model: str) -> tuple[dict, list[int]]:
@@ -523,17 +527,18 @@ def declared(model: str) -> tuple[dict, list[int]]:
 def load_policy(model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0,
                 trust_remote_code: bool = False) -> Policy:
     """The policy with its weights; `load_config` gave the tokenizer. Raises InputError if it can't be had."""
-    config, generation, ends = load_config(model, trust_remote_code=trust_remote_code)[0], {}, []
+    generation, ends = {}, []
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        loaded = fetch(f"--model {model}", load, model, config=config, dtype=dtype,
-                       attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+        loaded = fetch(f"--model {model}", load, model, config=only_config(model, trust_remote_code),
+                       dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
         for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()
         generation, ends = declared(model)
-    rows, end, pad = config.get_text_config().vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = loaded.config.get_text_config().vocab_size
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     stops = sorted({i for i in [end, *ends] if i < rows})
     # transformers refuses to save some of the generation configs that models come with (a temperature without
     # do_sample). So its own keeps the stops alone, and save_folder writes the rest.
