@@ -1042,7 +1042,8 @@ def train(config: Config) -> dict:
     with (stop_requests(run) as signals,
           closing(data.Dashboard(config.report_to, run.folder, settings, run.step)) as dashboard):
         # The first things on disk: a run that can't start, or is stopped before, leaves nothing.
-        metrics = data.open_folder(run.folder, settings, run.step)
+        with told_as_input(f"--output-dir {config.output_dir}: can't be written to", (OSError,)):
+            metrics = data.open_folder(run.folder, settings, run.step)
         if run.step == 0:
             data.save_best(run.policy, run.folder, run.evaluations[0])
             dashboard.log(run.evaluations[0], prefix="held-out/")

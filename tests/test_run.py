@@ -1298,3 +1298,12 @@ def test_a_resumed_run_keeps_limits_that_memory_has_made_smaller_until_a_flag_se
     assert (limits.max_rows, limits.micro_batch_tokens) == (3, 77)
     limits = g.open_run(g.parse_command_line([*resume, "--max-rows", "5"])).limits
     assert (limits.max_rows, limits.micro_batch_tokens) == (5, 77)
+
+
+def test_a_folder_that_cannot_be_written_after_all_is_told_in_one_line(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_json", no_space)
+    with pytest.raises(g.InputError, match="--output-dir .*can't be written to: .*No space left"):
+        g.train(quick(tmp_path))
