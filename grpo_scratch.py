@@ -184,8 +184,7 @@ def grpo_loss(
     The KL term is the k3 estimator (GRPO, arXiv 2402.03300, eq. 4) and always the token's own.
 
     Returns (0-dim loss, sums over the tokens): `kl` with a reference, and with old log-probabilities
-    `clip_fraction`, the number of tokens that clipping changed.
-    """
+    `clip_fraction`, the number of tokens that clipping changed."""
     sums = {}
 
     def of_answer(x: Tensor) -> Tensor:
@@ -253,7 +252,7 @@ def train_sequences(episodes: list[Episode], config: "Config") -> list[TrainSequ
     weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
     entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
     masks = high_entropy_mask(entropies, config.top_entropy).split(lengths.tolist())
-    comparable = config.temperature_of_loss == config.temperature
+    comparable = config.loss_temperature == config.temperature
     return [TrainSequence(e.prompt, e.completion.ids, mask.nonzero().squeeze(1), e.advantage, weight,
                           importance=None if e.importance is None else e.importance[mask],
                           sampled_logprobs=torch.tensor(e.completion.logprobs)[mask] if comparable else None)
@@ -266,12 +265,17 @@ def update(run: "Run", sequences: list[TrainSequence]) -> dict[str, float | None
     update whose loss or gradient is not finite changes nothing. Each rank computes its share of the batch."""
     config, rate = run.config, learning_rate(run.config, run.step + 1)
     mine = memory.share(sequences, [len(s) for s in sequences])
+
+    def ask_reference(run: "Run", sequences: list[TrainSequence]) -> None:
+        for sequence, logprobs in zip(sequences, run.reference(sequences)):
+            sequence.ref_logprobs = logprobs
+
     if run.reference:
         run.attempt("update", ask_reference, mine)
     sums, good = Counter(), 0
     for number in range(config.updates_per_batch):
         parts = run.attempt(
-            "update", gradients, mine, temperature=config.temperature_of_loss, surrogate=config.surrogate,
+            "update", gradients, mine, temperature=config.loss_temperature, surrogate=config.surrogate,
             remember=number == 0 and config.updates_per_batch > 1, by_answer=config.ratio == "answer",
             clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta)
         found = optimizer_step(run, run.optimizer, parts, rate, config.max_grad_norm)
@@ -428,13 +432,6 @@ def all_logprobs(run: "Run", sequences: list[TrainSequence], temperature: float)
     return [found[id(s)] for s in sequences]
 
 
-def ask_reference(run: "Run", sequences: list[TrainSequence]) -> list:
-    """Fill in the reference's log-probabilities."""
-    for sequence, logprobs in zip(sequences, run.reference(sequences)):
-        sequence.ref_logprobs = logprobs
-    return []
-
-
 def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float | None]:
     """After another engine has sampled: fill in the entropies, which it doesn't give, and each token's
     `importance`, min(exp(the update's log-probability - the sampler's), cap), at the sampling temperature.
@@ -466,16 +463,15 @@ def evaluate(run: "Run") -> dict:
     also pass@k and the mean accuracy of k sampled answers, which have random numbers of their own."""
     config, heldout = run.config, run.heldout
     say(f"evaluating {len(heldout)} held-out examples")
-    greedy = rollout(run, heldout, group_size=1, temperature=0.0)
-    found = {"step": run.step, "accuracy": statistics.fmean(map(is_solved, greedy)),
-             "reward": statistics.fmean(e.reward for e in greedy),
-             "sampled_accuracy": None, "pass_at_k": None}
+    greedy, sampled = rollout(run, heldout, group_size=1, temperature=0.0), []
     if config.eval_samples:
         sampled = rollout(run, heldout, group_size=config.eval_samples, temperature=config.temperature,
                           generator=torch.Generator().manual_seed(config.seed))
-        found["sampled_accuracy"] = statistics.fmean(map(is_solved, sampled))
-        found["pass_at_k"] = len({e.group for e in sampled if is_solved(e)}) / len(heldout)
-    run.evaluations.append(dict(found))
+    found = {"step": run.step, "accuracy": statistics.fmean(map(is_solved, greedy)),
+             "reward": statistics.fmean(e.reward for e in greedy),
+             "sampled_accuracy": statistics.fmean(map(is_solved, sampled)) if sampled else None,
+             "pass_at_k": len({e.group for e in sampled if is_solved(e)}) / len(heldout) if sampled else None}
+    run.evaluations.append(found)
     shown = [(data.last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
     return {**found, "shown": shown}
 
@@ -576,8 +572,7 @@ class Config:
     weight_decay: float = flag(0.0, "decoupled, as in AdamW", at_least=0)
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0 never clips", at_least=0)
 
-    memory_budget_gib: float | None = flag(None, "memory to plan for, in GiB; default: what is free", above=0,
-                                           group="memory")
+    memory_budget_gib: float | None = flag(None, "in GiB; default: what is free", above=0, group="memory")
     offload_optimizer: bool = flag(False, "optimizer state in host memory: less GPU memory, slower")
     micro_batch_tokens: int | None = flag(None, "tokens in an update's pass; default: planned", at_least=1)
 
@@ -587,16 +582,15 @@ class Config:
     save_every: int = flag(50, "steps between checkpoints; 0: none by steps", at_least=0)
     save_minutes: float = flag(30.0, "minutes between checkpoints; 0: none by time", at_least=0)
     keep_checkpoints: int = flag(2, "keep so many checkpoints, the newest; 0 keeps all", at_least=0)
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
-        "none", "send the numbers of metrics.jsonl there too; a package of its own")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "send the metrics there too")
 
     # What a call does. It is no setting of a run: neither saved, nor compared when a run is resumed.
     resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
                               "from `latest`, the newest of the newest run; its settings are taken over",
                               group="instead of a new run", mode=True)
-    ask: str | None = flag(None, "print the greedy answer to this text, as the user's turn of its prompt "
-                           "(a file's: all of it), or to a JSON object, an example, with its rewards; "
-                           "no text: to each line of the input", mode=True, nargs="?", const="")
+    ask: str | None = flag(None, "print the greedy answer to this text, the user's turn of a prompt, or to a "
+                           "JSON object, an example, with its rewards; no text: to each line of the input",
+                           mode=True, nargs="?", const="")
     eval_only: bool = flag(False, "evaluate the model, or the run that is resumed, and stop", mode=True)
     plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
                            "fit; --device cuda --memory-budget-gib 12 is for such a card", mode=True)
@@ -614,7 +608,8 @@ class Config:
             self.refuse("overlong_buffer", f"must be at most --max-new-tokens, {self.max_new_tokens}")
         if self.warmup_steps > max(self.steps, 1):
             self.refuse("warmup_steps", f"must be at most --steps, {self.steps}")
-        frozen = self.reference_every == self.cold_start_steps == 0 and self.temperature_of_loss == 1
+        self.loss_temperature = self.loss_temperature or self.temperature
+        frozen = self.reference_every == self.cold_start_steps == 0 and self.loss_temperature == 1
         is_url = (self.reference_url or "").startswith(("http://", "https://"))
         if self.reference_url and not (is_url and frozen and self.beta > 0):
             self.refuse("reference_url", "must begin with http:// or https://; the server's reference stays "
@@ -628,10 +623,6 @@ class Config:
 
     def refuse(self, name: str, must: str) -> None:
         raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: {must}")
-
-    @property
-    def temperature_of_loss(self) -> float:
-        return self.loss_temperature or self.temperature
 
     def settings(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if "mode" not in f.metadata}
@@ -745,7 +736,7 @@ class Run:
                 if phase == "update":
                     self.policy.model.zero_grad(set_to_none=True)
                 try:
-                    return work(self, items, **options)
+                    return work(self, items, **options) or []
                 except RuntimeError as error:
                     if not memory.is_out_of_memory(error):
                         raise
@@ -769,8 +760,7 @@ class Run:
 
     def load_state_dict(self, state: dict) -> None:
         if hasattr(self.reference, "weights") != (state["reference"] is not None):
-            raise ValueError("its reference was on a server and now is not, or the reverse; give "
-                             "--reference-url as then")
+            raise ValueError("one of the two has its reference on a server; see --reference-url")
         self.optimizer.load_state_dict(state["optimizer"])
         if state["reference"] is not None:
             self.reference.load_state_dict(state["reference"])
@@ -911,7 +901,7 @@ def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None
         run.reference = memory.ReferenceServer(config.reference_url, longest=run.longest, warn=warn)
     elif config.beta > 0 and not config.eval_only:
         run.reference = memory.ReferencePolicy(policy.model, lambda sequences: [
-            x[0] for x in all_logprobs(run, sequences, config.temperature_of_loss)])
+            x[0] for x in all_logprobs(run, sequences, config.loss_temperature)])
     if config.sampler == "vllm":
         with told_as_input("--sampler vllm"):
             run.sampler = memory.VLLMSampler(policy.model, stops=policy.stops, max_rows=run.limits.max_rows,
@@ -1051,8 +1041,7 @@ def train(config: Config) -> dict:
             record, episodes = grpo_step(run)
             metrics.append(record)
             data.append_lines(run.folder / "metrics.jsonl", [record])
-            samples = data.sample_records(step, episodes)
-            data.append_lines(run.folder / "samples.jsonl", samples)
+            data.append_lines(run.folder / "samples.jsonl", data.sample_records(step, episodes))
             dashboard.log(record)
             data.show_step(bar, record, config.steps)
             data.warn_of_trouble(metrics, warned)

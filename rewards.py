@@ -30,11 +30,9 @@ OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.UA
 
 
 def countdown_format(completion: str, example: dict) -> float:
-    r"""1.0 for `<think>…</think>\n<answer>…</answer>` and nothing around it, else 0.1 + 0.5 for pairs found.
-
-    A pair of think tags is worth 0.1, a pair of answer tags 0.5. Without `example["opened"]` the text begins
-    with `<think>`. Source: GRPO-Zero and Improved-GRPO.
-    """
+    r"""1.0 for `<think>…</think>\n<answer>…</answer>` and nothing around it. Else a pair of think tags is
+    worth 0.1, and a pair of answer tags 0.5. Without `example["opened"]` the text begins with `<think>`.
+    Source: GRPO-Zero and Improved-GRPO."""
     text = example.get("opened", "<think>") + completion
     if text.startswith("<think>") and text.partition("</think>\n<answer>")[2].endswith("</answer>"):
         return 1.0
@@ -44,10 +42,8 @@ def countdown_format(completion: str, example: dict) -> float:
 
 def countdown_strict_format(completion: str, example: dict) -> float:
     r"""1.0 or 0.5 for `<think>…</think>\n<answer>…</answer>` without think tags in the reasoning, else 0.0.
-
     The answer ends at the last `</answer>`. It earns 1.0 if it holds only digits, `+-*/().` and white space,
-    and isn't blank. The text begins as in `countdown_format`. Source: nano-aha-moment.
-    """
+    and isn't blank. The text begins as in `countdown_format`. Source: nano-aha-moment."""
     text = example.get("opened", "<think>") + completion
     match = re.fullmatch(r"<think>(?:(?!</?think>).)*</think>\n<answer>(.*)</answer>", text, re.DOTALL)
     if not match:
@@ -66,9 +62,7 @@ def _value(node: ast.expr) -> Fraction:
 
 def arithmetic_value(expression: str) -> Fraction:
     """Exact value of digits, `+ - * / ( )` and spaces: arithmetic_value("8/(3-8/3)") == 24. Runs no code.
-
-    Raises ValueError for anything else, such as `**`, `//`, 007 or 1/0, and for more than 200 characters.
-    """
+    Raises ValueError for anything else, such as `**`, `//`, 007 or 1/0, and for more than 200 characters."""
     # [0-9], because \d also matches other scripts' digits. Without `**`, 200 characters keep the value short.
     if not re.fullmatch(r"[0-9+\-*/() ]{1,200}", expression):
         raise ValueError("not a short expression of digits, + - * / ( ) and spaces")
@@ -81,10 +75,8 @@ def arithmetic_value(expression: str) -> Fraction:
 
 def countdown_equation(completion: str, example: dict) -> float:
     """1.0 if the first `<answer>…</answer>` uses each of `nums` exactly once and equals `target`, else 0.0.
-
     The answer may hold digits, `+ - * / ( )` and spaces. Its exact value must be within 1e-5 of the target.
-    Source: GRPO-Zero, Improved-GRPO and nano-aha-moment. They `eval` the answer: `99**98**97` hangs them.
-    """
+    Source: GRPO-Zero, Improved-GRPO and nano-aha-moment. They `eval` the answer: `99**98**97` hangs them."""
     # re.search("<answer>(.*?)</answer>") would find the same, but in quadratic time where no tag is closed.
     text = example.get("opened", "") + completion
     answer, closing, _ = text.partition("<answer>")[2].partition("</answer>")
@@ -104,9 +96,7 @@ NUMBER = re.compile(r"[-+]?([0-9]*|[1-9][0-9]{0,2}(,[0-9]{3})+)(\.[0-9]*|/0*[1-9
 
 def exact_number(value: object) -> Fraction:
     """The value of a number as it is written: 7, 0.1, Decimal("0.10"), "-$1,000", "1/2"; "50%" is 50.
-
-    Raises ValueError for anything else, such as "7/0" or "0,5", and for more than 100 characters.
-    """
+    Raises ValueError for anything else, such as "7/0" or "0,5", and for more than 100 characters."""
     text = re.sub("[%$€£¥₹₩₽]", "", str(value)).strip().lower().replace("\u2212", "-")
     if not 0 < len(text) <= 100 or not NUMBER.fullmatch(text):  # Python is slow to read a long number
         raise ValueError(f"{value!r:.150} is no number")
@@ -121,11 +111,9 @@ def _same_number(number: str, answer: object) -> bool:
 
 
 def gsm8k_last_number(completion: str, example: dict) -> float:
-    """+1.0 if the last number in the completion equals the answer by value, else -1.0.
-
-    A number is `12`, `1.5` or `3/4`; "1,234" ends in the number 234. The sign before a number counts only if
-    the answer is negative. Source: simple_GRPO, with exact fractions in place of math_verify.
-    """
+    """+1.0 if the last number in the completion equals the answer by value, else -1.0. A number is `12`,
+    `1.5` or `3/4`; "1,234" ends in the number 234. The sign before a number counts only if the answer is
+    negative. Source: simple_GRPO, with exact fractions in place of math_verify."""
     gold = exact_number(example["answer"])
     numbers = re.findall(r"([-\u2212]?)\$?([0-9]+(?:[./][0-9]+)?)", completion)
     sign, number = numbers[-1] if numbers else ("", "none")
@@ -134,9 +122,7 @@ def gsm8k_last_number(completion: str, example: dict) -> float:
 
 def gsm8k_signed_format(completion: str, example: dict) -> float:
     """+1.25 for `<think>…</think>`, newlines or spaces, `<answer>…</answer>`, nothing around it; else -1.0.
-
-    Each of the four tags must occur exactly once. Source: simple_GRPO.
-    """
+    Each of the four tags must occur exactly once. Source: simple_GRPO."""
     text = example.get("opened", "") + completion
     # Each tag occurs once, so that each .* can end in one place: the match takes linear time.
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
@@ -146,10 +132,8 @@ def gsm8k_signed_format(completion: str, example: dict) -> float:
 
 def gsm8k_answer(completion: str, example: dict) -> float:
     """2.0 if the last answer is the right answer's text, 1.5 if it holds one number of that value, else 0.0.
-
     The last answer lies between the last `<answer>` and the next `</answer>`. The right one may be words. A
-    number is `12`, `-3`, `1.5` or `.5`: "$18" holds one, "1,234" and "1/2" hold two. Source: The LM Book.
-    """
+    number is `12`, `-3`, `1.5` or `.5`: "$18" holds one, "1,234" and "1/2" hold two. Source: The LM Book."""
     gold = example["answer"]
     if gold is None or not str(gold).strip():
         raise ValueError(f"{gold!r} is no answer")
@@ -186,16 +170,14 @@ def score_batch(
     rewards: dict[str, tuple[Callable, float]], prompts: list[str | list[dict]], completions: list[str],
     examples: list[dict], completion_ids: list[list[int]] | None = None,
 ) -> list[tuple[float, dict[str, float | None]]]:
-    """For each answer the weighted sum of the rewards, and each reward's own score, unweighted, in order.
-
-    The names of a function's parameters tell how it is called:
+    """For each answer the weighted sum of the rewards, and each reward's own score, unweighted, in order. The
+    names of a function's parameters tell how it is called:
     - (completion, example) -> float: once for each answer, with the text as it was sampled.
     - with `completions` or `completion_ids`, as in TRL: once for all answers. It gets the lists that it names
       of `prompts`, `completions`, `completion_ids` and the examples' columns. It returns a number or None for
       each answer; None adds nothing. If a prompt is a list of messages, the completion is a list of one
       message, which begins with what the prompt opened of the assistant's turn.
-    Async functions are awaited. Raises RewardError, which names the function and its row, if one fails.
-    """
+    Async functions are awaited. Raises RewardError, which names the function and its row, if one fails."""
     parts = {}
     for name, (reward, _) in rewards.items() if completions else ():
         scores = parts[name] = []
@@ -267,11 +249,9 @@ def is_code(spec: str) -> bool:
 
 def load_rewards(specs: list[str], warn: Callable[[str], None] = print) -> dict[str, tuple[Callable, float]]:
     """The functions and weights of NAME, FILE.py:FUNCTION or package.module:FUNCTION, with :WEIGHT or not.
-
     Their names are NAME, "file.function" and "package.module.function". A file runs once in a process.
     Python searches its folder (for a module the current one) for what it imports: first while it is loaded,
-    last from then on. `warn` is told if another process may import another file. Raises RewardError.
-    """
+    last from then on. `warn` is told if another process may import another file. Raises RewardError."""
     rewards = {}
     for spec in specs:
         match = SPEC.fullmatch(spec)

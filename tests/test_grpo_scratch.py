@@ -361,7 +361,7 @@ def a_reference(policy, config):
     """What open_run makes: the policy's own code, run with the reference's weights."""
     run = SimpleNamespace(policy=policy, limits=limits())
     return memory.ReferencePolicy(policy.model, lambda sequences: [
-        x[0] for x in g.all_logprobs(run, sequences, config.temperature_of_loss)])
+        x[0] for x in g.all_logprobs(run, sequences, config.loss_temperature)])
 
 
 def a_run(policy, config, optimizer=None, reference=None, limited=None):

@@ -890,9 +890,9 @@ def test_the_recipes_are_the_designs_rows():
     # Prompts, group, new tokens, temperature, the loss's, std, eps, skip; updates, low, high, beta, every,
     # average, top, learning rate, norm.
     design = {
-        "improved": (32, 8, 1024, 0.5, None, "population", 1e-6, True,
+        "improved": (32, 8, 1024, 0.5, 0.5, "population", 1e-6, True,
                      1, 0.2, 0.3, 0.01, 10, "token", 0.2, 1e-6, 1.0),  # the source's rate: 1e-5
-        "nano-aha": (16, 4, 1024, 1.0, None, "population", 1e-4, False,
+        "nano-aha": (16, 4, 1024, 1.0, 1.0, "population", 1e-4, False,
                      1, 0.2, 0.2, 0.001, 0, "token", 1.0, 1e-6, 1.0),
         "grpo-zero": (32, 8, 1024, 1.0, 1.0, "population", 1e-4, False,
                       1, 0.2, 0.2, 0.0, 0, "token", 1.0, 1e-5, 1.0),
@@ -901,7 +901,7 @@ def test_the_recipes_are_the_designs_rows():
         "lm-book": (4, 16, 500, 1.0, 1.0, "sample", 1e-4, False,
                     3, 0.1, 0.1, 0.04, 500, "sequence", 1.0, 5e-6, 0.1),
     }
-    usual, no_kl = (32, 8, 1024, 1.0, None), (0.0, 0)
+    usual, no_kl = (32, 8, 1024, 1.0, 1.0), (0.0, 0)
     design |= {
         "dapo": (*usual, "population", 1e-6, False, 2, 0.2, 0.28, *no_kl, "token", 1.0, 1e-6, 1.0),
         "dr-grpo": (*usual, "none", 1e-6, False, 1, 0.2, 0.2, *no_kl, "constant", 1.0, 1e-6, 1.0),
