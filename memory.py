@@ -359,14 +359,12 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         states = saved["state"]
         # Tensor by tensor, because pickling takes three times as much.
-        layouts = gather(lambda: [(self.rank, i, moved(x, "meta")) for i, x in states.items()])
+        layouts = gather(lambda: [(self.rank, i, moved(x, "meta")) for i, x in states.items() if self.rank])
         for owner, i, layout in layouts:
-            if owner == 0 or self.rank not in (0, owner):
-                continue
             if self.rank == 0:
                 states[i] = {k: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x
                              for k, x in layout.items()}
-            for x in filter(torch.is_tensor, states[i].values()):
+            for x in filter(torch.is_tensor, states[i].values()) if self.rank in (0, owner) else ():
                 dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
         saved["state"] = dict(sorted(states.items()))
         return saved
@@ -380,12 +378,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             raise ValueError(f"AdamW8bit: {len(saved)} parameters were saved, here are {len(self.owner)}")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
-        if not any(saved):  # the optimizer that was saved had made no step
-            self.state.clear()
-            return
-        self.make_state()
+        self.state.clear()
+        if any(saved):  # else the optimizer that was saved had made no step
+            self.make_state()
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
-        for p, state in [(p, x) for p, x in zip(self.owner, saved) if self.owner[p] == self.rank]:
+        for p, state in [(p, x) for p, x in zip(self.owner, saved) if p in self.state]:
             if shapes(state) != shapes(self.state[p]):
                 raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
                                  f"{list(p.shape)}; load the model and dtype that were saved")
