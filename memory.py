@@ -288,7 +288,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         if self.offload:
             self.state[p] = moved(self.state[p], "cpu")
 
-    @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
         resting, state = self.state[p], moved(self.state[p], p.device)
         weight, grad = p.detach().view(-1), p.grad.reshape(-1)
@@ -302,10 +301,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             stand_in = nn.Parameter(master)
             stand_in.grad = grad[piece].float()
             self.state[stand_in] = {**state, **part}
-            try:
-                super().update_step(group, stand_in, gindex, pindex)
-            finally:
-                del self.state[stand_in]
+            super().update_step(group, stand_in, gindex, pindex)
+            del self.state[stand_in]
             if exact:
                 hi, lo = split_fp32(master)
                 weight[piece].copy_(hi)
@@ -314,7 +311,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         for key in part if self.offload else ():
             resting[key].copy_(state[key])
 
-    @torch.no_grad()
     def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
         """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
         Each sum ends up at the parameter's owner; the others drop it. A missing gradient counts as zeros."""
@@ -342,13 +338,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         gather(lambda: torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm) or [])
         return norm
 
-    @torch.no_grad()
     def step(self, closure=None):
         """Update the parameters that have a gradient. Several ranks must call sum_gradients() before it."""
         if any(p.grad is not None and owner != self.rank for p, owner in self.owner.items()):
             raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
-        update = super().step
-        losses = gather(lambda: [update(closure)])  # an error on one rank is raised on all
+        losses = gather(lambda: [super(AdamW8bit, self).step(closure)])  # one rank's error is raised on all
         for p, owner in self.owner.items() if self.ranks > 1 else ():
             dist.broadcast(p.data, owner)
         return losses[self.rank]
