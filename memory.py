@@ -428,31 +428,25 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
     """transformers' SDPA attention, and the same over packed tokens (see pack): then query, key and value are
     [1, heads, T, size] and `attention_mask` is places. Each token is copied to its places, and its output is
-    taken from one of them, its slot.
-
-    In decoding, with one query token a row, the query heads that share a key head become its queries. Older
-    transformers (before pack_gqa) copy keys and values for each query head instead.
-    """
+    taken from one of them, its slot."""
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
         (rows, heads, tokens, size), shared = query.shape, key.shape[1]
-        # These options change nothing where one token a row attends to what its mask allows.
-        plain = not options.get("dropout") and options.keys() <= {
-            "dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"
-        }
         one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-        if not (tokens == 1 and shared < heads and plain and one_mask):
+        # A lone token attends to what its mask allows, whatever these options say.
+        plain = {"scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"}
+        unusual = options.get("dropout") or options.keys() - plain - {"dropout"}
+        if tokens > 1 or shared == heads or not one_mask or unusual:
             return attend(module, query, key, value, attention_mask, **options)
-        query = query.reshape(rows, shared, heads // shared, size)
-        scale = options.get("scaling")
-        output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scale)
-        return output.reshape(rows, 1, heads, value.shape[-1]), None
+        # transformers 5.17, which has no pack_gqa yet, would copy keys and values for each query head.
+        grouped, scale = query.reshape(rows, shared, -1, size), options.get("scaling")
+        output = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scale)
+        return output.reshape(rows, 1, heads, -1), None
 
     def in_rows(x: Tensor) -> Tensor:
-        heads, size = x.shape[1], x.shape[3]
         # F.embedding, because its backward pass, the sum over a token's places, is fast everywhere.
-        rows = F.embedding(attention_mask[0, 0], x.transpose(1, 2).reshape(-1, heads * size))
-        return rows.unflatten(-1, (heads, size)).transpose(1, 2)
+        rows = F.embedding(attention_mask[0, 0], x.transpose(1, 2).flatten(2).flatten(0, 1))
+        return rows.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
     # Causal: no token sees the padding behind its row's end.
     output, _ = attend(module, in_rows(query), in_rows(key), in_rows(value), None, **options)
