@@ -168,8 +168,7 @@ def join_ranks(device: str) -> None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # One rank may sample for an hour while the others wait.
-        dist.init_process_group(backends, timeout=timedelta(hours=6))
+        dist.init_process_group(backends, timeout=timedelta(hours=6))  # a rank may sample for an hour
         if device == "cuda":  # NCCL takes its memory now, before free memory is measured
             dist.all_reduce(torch.zeros(1, device=device))
 
@@ -184,8 +183,7 @@ def gather(attempt: Callable[[], list]) -> list:
     """Call attempt() on every rank; each gets the lists of all, joined in the order of the ranks. An error on
     one rank is raised on every rank, with the attribute `on_all_ranks`, so that none waits for ever. The
     others raise the same class, or a RuntimeError if it can't be pickled."""
-    ranks = my_rank()[1]
-    if ranks == 1:
+    if (ranks := my_rank()[1]) == 1:
         return attempt()
     everyone, made, own, sent = [None] * ranks, [], None, None
     try:
@@ -516,7 +514,6 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         hidden = output.last_hidden_state
         output.last_hidden_state = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
         seen.extend((hidden, output.last_hidden_state))
-        return output
 
     with backbone.register_forward_hook(scale_output):  # causal: padding needs no mask
         rows = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]], device=weight.device)
@@ -558,10 +555,8 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
     targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
     *layout, where, targets = on_device([*layout, torch.cat(where), torch.cat(targets)], model.device)
     with recompute_layers(model, recomputed_layers if learning else 0):
-        hidden = packed_hidden_states(model.base_model, *layout)
-        # Each answer reads its prompt's last position. Indexing would add up their gradients in the order in
-        # which threads arrive; F.embedding does not.
-        hidden = F.embedding(where, hidden)
+        # Answers share their prompt's last position: indexing would add gradients in the order of threads.
+        hidden = F.embedding(where, packed_hidden_states(model.base_model, *layout))
         head = model.get_output_embeddings().weight
         return token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
 
@@ -730,8 +725,7 @@ class RowCache(transformers.Cache):
 
     def forget(self, going: list[int], longest: int) -> None:
         """Drop the columns that no row of `going` sees; `longest` columns stay for a prompt that waits."""
-        seen = (self.mask[going] == 0).any(0).tolist()
-        unseen = min(seen.index(True), self.column - longest)
+        unseen = min((self.mask[going] == 0).any(0).tolist().index(True), self.column - longest)
         for buffer in (*self.buffers, self.mask[:, None, :, None]):
             live = buffer[: self.live, :, : self.column]
             live[:, :, :-unseen] = live[:, :, unseen:].clone()
@@ -810,18 +804,16 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
     cache, as_cache = RowCache(rows, columns, longest, model.dtype, device), cache_name(model)
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ends = torch.tensor(stops, device=device)
-    if temperature:
-        if uniform is None:
-            uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator,
-                                 device=generator and generator.device)
-        uniform = F.pad(uniform.to(device), (0, 1))
+    if temperature and uniform is None:
+        uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator,
+                             device=generator and generator.device)
+    uniform = F.pad(uniform.to(device), (0, 1)) if temperature else None
     # By answer. Finished rows go on writing, into one more column, until they are removed.
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
-    # By live row.
+    done = torch.ones(rows, dtype=torch.bool, device=device)  # this and the next ones are by live row
     answer, token, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
-    done = torch.ones(rows, dtype=torch.bool, device=device)
 
     def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
@@ -1208,8 +1200,7 @@ def detect_budget_bytes(device: torch.device | str) -> int:
     and kernels that are loaded late. On a CPU: what is free in the machine and in the container, less 20% for
     others; the ranks of this machine share it."""
     if str(device).startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(0.95 * (free + torch.cuda.memory_reserved(device)))
+        return int(0.95 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
     free = 4 * 2**30  # where the system doesn't say, as on Windows
     with suppress(AttributeError, ValueError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
