@@ -477,8 +477,7 @@ def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def packed_hidden_states(backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor,
                          places: Tensor) -> Tensor:
-    """Hidden states [T, H] of packed tokens (see pack), for a model that prepare_model has prepared. Only
-    attention runs on E padded rows. A mask of four dimensions reaches it as it is: the places."""
+    """Hidden states [T, H] of packed tokens, by a prepared model; its attention gets a 4-D mask as it is."""
     output = backbone(ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False)
     return output.last_hidden_state[0]
 
