@@ -130,9 +130,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
 
     chunk_size: rows of logits at a time; by default as many as HEAD_WORKSPACE bytes hold.
-    into_weight_grad: add the gradient of `weight` (a Parameter) straight to weight.grad, in float32 (a bf16
-        weight needs sum_gradients_in_fp32 for that). This saves a V x H float32, but autograd's hooks and
-        torch.autograd.grad don't see this part.
+    into_weight_grad: add the gradient of `weight`, a Parameter, to weight.grad in float32 (a bf16 one needs
+        sum_gradients_in_fp32). It saves a V x H float32; hooks and torch.autograd.grad don't see this part.
     """
     if not hidden.ndim == weight.ndim == 2 or hidden.shape != (*targets.shape, weight.shape[1]):
         shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
@@ -146,8 +145,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 
 def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """From now on autograd sums the gradients of these parameters in float32, whatever their dtype: a sum in
-    bf16, with its 8 bits, would round away most of the 85th micro-batch."""
+    """Let autograd sum these parameters' gradients in float32; bf16 loses most of the 85th micro-batch."""
     for p in params:
         p.grad_dtype = torch.float32
 
@@ -158,8 +156,7 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
 # calls in the same order. A process that was started alone is rank 0 of 1.
 
 def join_ranks(device: str) -> None:
-    """Make this process one of the ranks, and give it its GPU, if torchrun has started it. Raises ValueError
-    if there is none for it."""
+    """Join the other ranks, if torchrun started this one. Raises ValueError if there is no GPU for it."""
     if device == "cuda" and not (gpus := torch.cuda.device_count()):
         raise ValueError("torch sees no CUDA device; use --device cpu, or check the driver")
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
@@ -168,8 +165,7 @@ def join_ranks(device: str) -> None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # One rank may sample for an hour while the others wait.
-        dist.init_process_group(backends, timeout=timedelta(hours=6))
+        dist.init_process_group(backends, timeout=timedelta(hours=6))  # a rank may sample for an hour
         if device == "cuda":  # NCCL takes its memory now, before free memory is measured
             dist.all_reduce(torch.zeros(1, device=device))
 
@@ -184,8 +180,7 @@ def gather(attempt: Callable[[], list]) -> list:
     """Call attempt() on every rank; each gets the lists of all, joined in the order of the ranks. An error on
     one rank is raised on every rank, with the attribute `on_all_ranks`, so that none waits for ever. The
     others raise the same class, or a RuntimeError if it can't be pickled."""
-    ranks = my_rank()[1]
-    if ranks == 1:
+    if (ranks := my_rank()[1]) == 1:
         return attempt()
     everyone, made, own, sent = [None] * ranks, [], None, None
     try:
@@ -228,11 +223,9 @@ def owners(sizes: list[int], ranks: int) -> list[int]:
 # ---- The optimizer: 8-bit moments, exact master weights ----------------------------------------------------
 
 def split_fp32(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split float32 into (hi bf16, lo int16) of the same shape; join_fp32 restores every bit.
-
-    hi = (bits + 0x8000) >> 16 is the master rounded to nearest, ties away from zero; lo = bits - (hi << 16).
-    (The hi of a NaN or above 3.396e38 is not the nearest; these join exactly too.)
-    """
+    """Split float32 into (hi bf16, lo int16) of the same shape; join_fp32 restores every bit. hi, that is
+    (bits + 0x8000) >> 16, is the master rounded to nearest, ties away from zero (but for NaN and above
+    3.396e38, which join exactly too); lo is bits - (hi << 16)."""
     lo, upper = master.reshape(-1, 1).view(torch.int16).unbind(-1)  # every platform of torch is little-endian
     hi = upper - (lo >> 15)  # lo >> 15 is -1 where lo is negative, else 0
     return hi.view(torch.bfloat16).view(master.shape), lo.contiguous().view(master.shape)
@@ -288,7 +281,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         if self.offload:
             self.state[p] = moved(self.state[p], "cpu")
 
-    @torch.no_grad()
     def update_step(self, group, p, gindex, pindex):
         resting, state = self.state[p], moved(self.state[p], p.device)
         weight, grad = p.detach().view(-1), p.grad.reshape(-1)
@@ -302,10 +294,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             stand_in = nn.Parameter(master)
             stand_in.grad = grad[piece].float()
             self.state[stand_in] = {**state, **part}
-            try:
-                super().update_step(group, stand_in, gindex, pindex)
-            finally:
-                del self.state[stand_in]
+            super().update_step(group, stand_in, gindex, pindex)
+            del self.state[stand_in]
             if exact:
                 hi, lo = split_fp32(master)
                 weight[piece].copy_(hi)
@@ -314,7 +304,6 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         for key in part if self.offload else ():
             resting[key].copy_(state[key])
 
-    @torch.no_grad()
     def sum_gradients(self, max_norm: float = math.inf) -> Tensor:
         """Sum the gradients over all ranks and clip them to max_norm; returns their norm before that, 0-dim.
         Each sum ends up at the parameter's owner; the others drop it. A missing gradient counts as zeros."""
@@ -342,13 +331,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         gather(lambda: torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm) or [])
         return norm
 
-    @torch.no_grad()
     def step(self, closure=None):
         """Update the parameters that have a gradient. Several ranks must call sum_gradients() before it."""
         if any(p.grad is not None and owner != self.rank for p, owner in self.owner.items()):
             raise RuntimeError("AdamW8bit: several ranks must call sum_gradients() before step()")
-        update = super().step
-        losses = gather(lambda: [update(closure)])  # an error on one rank is raised on all
+        losses = gather(lambda: [super(AdamW8bit, self).step(closure)])  # one rank's error is raised on all
         for p, owner in self.owner.items() if self.ranks > 1 else ():
             dist.broadcast(p.data, owner)
         return losses[self.rank]
@@ -359,14 +346,12 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         saved = torch.optim.Optimizer.state_dict(self)  # the library's own nests the moments, for FSDP
         states = saved["state"]
         # Tensor by tensor, because pickling takes three times as much.
-        layouts = gather(lambda: [(self.rank, i, moved(x, "meta")) for i, x in states.items()])
+        layouts = gather(lambda: [(self.rank, i, moved(x, "meta")) for i, x in states.items() if self.rank])
         for owner, i, layout in layouts:
-            if owner == 0 or self.rank not in (0, owner):
-                continue
             if self.rank == 0:
                 states[i] = {k: torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x
                              for k, x in layout.items()}
-            for x in filter(torch.is_tensor, states[i].values()):
+            for x in filter(torch.is_tensor, states[i].values()) if self.rank in (0, owner) else ():
                 dist.recv(x, owner) if self.rank == 0 else dist.send(x.cpu(), 0)
         saved["state"] = dict(sorted(states.items()))
         return saved
@@ -380,12 +365,11 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             raise ValueError(f"AdamW8bit: {len(saved)} parameters were saved, here are {len(self.owner)}")
         for group, saved_group in zip(self.param_groups, groups):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
-        if not any(saved):  # the optimizer that was saved had made no step
-            self.state.clear()
-            return
-        self.make_state()
+        self.state.clear()
+        if any(saved):  # else the optimizer that was saved had made no step
+            self.make_state()
         shapes = lambda state: {k: (x.shape, x.dtype) for k, x in state.items() if isinstance(x, Tensor)}
-        for p, state in [(p, x) for p, x in zip(self.owner, saved) if self.owner[p] == self.rank]:
+        for p, state in [(p, x) for p, x in zip(self.owner, saved) if p in self.state]:
             if shapes(state) != shapes(self.state[p]):
                 raise ValueError(f"AdamW8bit: the saved state is not of a {p.dtype} parameter of shape "
                                  f"{list(p.shape)}; load the model and dtype that were saved")
@@ -397,10 +381,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 @contextmanager
 def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
-    """Within it, the first `count` decoder layers (None: all) keep only their input for the backward pass,
-    which computes the rest again (gradient checkpointing; Chen et al., arXiv 1604.06174). The backward pass
-    may run later. It frees the last layers' activations first, so those layers keep theirs. transformers' own
-    switch wants training mode, whose dropout would change the log-probabilities."""
+    """The first `count` decoder layers (None: all) keep only their input; the backward pass, now or later,
+    computes the rest again (Chen et al., arXiv 1604.06174). The last layers' activations are freed first, so
+    they stay. transformers' own switch wants training mode, whose dropout changes the log-probabilities."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][:count]
     for layer in layers:  # no dropout, so no random state to keep
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -413,12 +396,10 @@ def recompute_layers(model: nn.Module, count: int | None) -> Iterator[None]:
 
 def micro_batches(sequences: list, limits: "Limits") -> list[list]:
     """The sequences, each once, in batches that cost at most limits.micro_batch_tokens; each has `prompt` and
-    `completion` (token ids), of which the last token is predicted, but not read.
-
-    A computed token costs 1 - place_share. Each of its places in attention's padded rows costs place_share.
-    So a lone sequence costs its length. Answers to one prompt stay together, and its tokens are paid once.
-    The longest come first, so what doesn't fit fails at once.
-    """
+    `completion` (token ids), of which the last token is predicted, but not read. A computed token costs
+    1 - place_share, and each of its places in attention's padded rows place_share: a lone sequence costs its
+    length. Answers to one prompt stay together, and its tokens are paid once. The longest come first, so what
+    doesn't fit fails at once."""
     length = lambda s: len(s.prompt) + len(s.completion) - 1
     # The longest of the sequences that share a prompt, as later entries replace earlier ones.
     longest = {tuple(s.prompt): length(s) for s in sorted(sequences, key=length)}
@@ -437,31 +418,25 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
     """transformers' SDPA attention, and the same over packed tokens (see pack): then query, key and value are
     [1, heads, T, size] and `attention_mask` is places. Each token is copied to its places, and its output is
-    taken from one of them, its slot.
-
-    In decoding, with one query token a row, the query heads that share a key head become its queries. Older
-    transformers (before pack_gqa) copy keys and values for each query head instead.
-    """
+    taken from one of them, its slot."""
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
         (rows, heads, tokens, size), shared = query.shape, key.shape[1]
-        # These options change nothing where one token a row attends to what its mask allows.
-        plain = not options.get("dropout") and options.keys() <= {
-            "dropout", "scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"
-        }
         one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-        if not (tokens == 1 and shared < heads and plain and one_mask):
+        # A lone token attends to what its mask allows, whatever these options say.
+        plain = {"scaling", "is_causal", "sliding_window", "position_ids", "cache_position", "use_cache"}
+        unusual = options.get("dropout") or options.keys() - plain - {"dropout"}
+        if tokens > 1 or shared == heads or not one_mask or unusual:
             return attend(module, query, key, value, attention_mask, **options)
-        query = query.reshape(rows, shared, heads // shared, size)
-        scale = options.get("scaling")
-        output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scale)
-        return output.reshape(rows, 1, heads, value.shape[-1]), None
+        # transformers 5.17, which has no pack_gqa yet, would copy keys and values for each query head.
+        grouped, scale = query.reshape(rows, shared, -1, size), options.get("scaling")
+        output = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scale)
+        return output.reshape(rows, 1, heads, -1), None
 
     def in_rows(x: Tensor) -> Tensor:
-        heads, size = x.shape[1], x.shape[3]
         # F.embedding, because its backward pass, the sum over a token's places, is fast everywhere.
-        rows = F.embedding(attention_mask[0, 0], x.transpose(1, 2).reshape(-1, heads * size))
-        return rows.unflatten(-1, (heads, size)).transpose(1, 2)
+        rows = F.embedding(attention_mask[0, 0], x.transpose(1, 2).flatten(2).flatten(0, 1))
+        return rows.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
     # Causal: no token sees the padding behind its row's end.
     output, _ = attend(module, in_rows(query), in_rows(key), in_rows(value), None, **options)
@@ -469,11 +444,10 @@ def packed_attention(module, query, key, value, attention_mask, slots: Tensor | 
 
 
 def pack(prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
-    """Lay out E rows, each a prompt and its completion (token ids), so that every token is computed once.
-
-    A prompt that several completions share goes through the model once, and padding never does. Returns what
-    packed_hidden_states takes, int64 on the host: ids[1, T]; positions[1, T]; slots[T], one place of each
-    token in the flattened rows; places[1, 1, E, L]: which token stands where in the rows.
+    """Lay out E rows, each a prompt and its completion (token ids), so that a prompt that several completions
+    share goes through the model once, and padding never does. Returns what packed_hidden_states takes, int64
+    on the host: ids[1, T]; positions[1, T]; slots[T], one place of each token in the flattened rows;
+    places[1, 1, E, L]: which token stands where in the rows.
 
     Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
     [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding, and slots 0, 1, 2, 6, 7.
@@ -503,8 +477,7 @@ def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def packed_hidden_states(backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor,
                          places: Tensor) -> Tensor:
-    """Hidden states [T, H] of packed tokens (see pack), for a model that prepare_model has prepared. Only
-    attention runs on E padded rows. A mask of four dimensions reaches it as it is: the places."""
+    """Hidden states [T, H] of packed tokens, by a prepared model; its attention gets a 4-D mask as it is."""
     output = backbone(ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False)
     return output.last_hidden_state[0]
 
@@ -512,11 +485,9 @@ def packed_hidden_states(backbone: nn.Module, ids: Tensor, positions: Tensor, sl
 @torch.no_grad()
 def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
     """Set a causal LM's attention to packed_attention; returns its backbone and its head's weight [V, H].
-
-    It proves two things by computing. Logits are just hidden @ weight.T: the hidden states are scaled until
-    logits reach 100, where a soft cap or a scale shows. Packed tokens come out as they did in padded rows.
-    Ordinary input is treated as before. Raises ValueError, with the cause where it is known.
-    """
+    Ordinary input is treated as before. Two things are proved by computing: logits are just hidden @ weight.T
+    (at a scale where they reach 100, so a soft cap or a scale shows), and packed tokens come out as they did
+    in padded rows. Raises ValueError, with the cause where it is known."""
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary input gets SDPA's masks
     name, backbone, head = type(model).__name__, model.base_model, model.get_output_embeddings()
@@ -531,7 +502,6 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         hidden = output.last_hidden_state
         output.last_hidden_state = hidden * (100 / F.linear(hidden, weight).abs().max().clamp(min=1e-6))
         seen.extend((hidden, output.last_hidden_state))
-        return output
 
     with backbone.register_forward_hook(scale_output):  # causal: padding needs no mask
         rows = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 0]], device=weight.device)
@@ -562,10 +532,8 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
 def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: float,
                       recomputed_layers: int | None = 0) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies), float32 [m] in nats, of the m tokens that count, sequence by sequence.
-
     A sequence has `prompt` and `completion` (token ids) and `counted`: int64, which tokens of the completion
-    count. A prompt is computed once for all its answers here, and only tokens that count reach the head.
-    """
+    count. A prompt is computed once for all its answers here, and only tokens that count reach the head."""
     learning = torch.is_grad_enabled()
     layout = pack([s.prompt for s in sequences], [s.completion[:-1] for s in sequences])
     # The position before a token predicts it.
@@ -573,10 +541,8 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
     targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
     *layout, where, targets = on_device([*layout, torch.cat(where), torch.cat(targets)], model.device)
     with recompute_layers(model, recomputed_layers if learning else 0):
-        hidden = packed_hidden_states(model.base_model, *layout)
-        # Each answer reads its prompt's last position. Indexing would add up their gradients in the order in
-        # which threads arrive; F.embedding does not.
-        hidden = F.embedding(where, hidden)
+        # Answers share their prompt's last position: indexing would add gradients in the order of threads.
+        hidden = F.embedding(where, packed_hidden_states(model.base_model, *layout))
         head = model.get_output_embeddings().weight
         return token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
 
@@ -584,8 +550,7 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
 # ---- The reference policy ----------------------------------------------------------------------------------
 
 class ReferencePolicy:
-    """A copy of a model's weights in host memory. Within swapped_in() the model computes with this copy. A
-    call returns logprobs(sequences), computed there."""
+    """A copy of a model's weights in host memory; a call returns logprobs(sequences), computed with it."""
 
     def __init__(self, model: nn.Module, logprobs: Callable[[list], list[Tensor]] | None = None):
         self.model, self.logprobs = model, logprobs
@@ -745,8 +710,7 @@ class RowCache(transformers.Cache):
 
     def forget(self, going: list[int], longest: int) -> None:
         """Drop the columns that no row of `going` sees; `longest` columns stay for a prompt that waits."""
-        seen = (self.mask[going] == 0).any(0).tolist()
-        unseen = min(seen.index(True), self.column - longest)
+        unseen = min((self.mask[going] == 0).any(0).tolist().index(True), self.column - longest)
         for buffer in (*self.buffers, self.mask[:, None, :, None]):
             live = buffer[: self.live, :, : self.column]
             live[:, :, :-unseen] = live[:, :, unseen:].clone()
@@ -770,11 +734,9 @@ def prefill(model, prompts: list[list[int]], pad_token_id: int):
 
 
 def choose_tokens(logits: Tensor, temperature: float, uniform: Tensor | None = None) -> tuple[Tensor, ...]:
-    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows].
-
-    The token is where the row's running probability passes `uniform`[rows] (float64, 0 <= u < 1). Temperature
-    0 takes the likeliest, with its numbers at 1. A row with NaN or +inf has a NaN log-probability.
-    """
+    """One token a row from logits[rows, V]: (tokens, their log-probabilities, entropies), all [rows]. The
+    token is where the row's running probability passes `uniform`[rows] (float64, 0 <= u < 1). Temperature 0
+    takes the likeliest, with its numbers at 1. A row with NaN or +inf has a NaN log-probability."""
     (rows, vocab), made = logits.shape, []
     at_once = max(1, min(rows, LOGITS_AT_ONCE.get(logits.device.type, 2**24) // vocab))
     scaled, shares = logits.new_full((2, at_once, -(-vocab // 128) * 128), -math.inf, dtype=torch.float32)
@@ -808,11 +770,10 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
            max_rows: int | None = None) -> list[Completion]:
     """`group_size` completions of each prompt (token ids), prompt after prompt.
 
-    Each prompt is run once, and its cache is copied to its group. All rows are decoded together. Rows that
-    finish make room for prompts that wait (at most `max_rows` are live); when none waits, they leave.
-    Token t of answer e is drawn with `uniform`[e, t], float64 in [0, 1), by default from `generator`. So what
-    is sampled depends neither on `max_rows` nor on who finishes when. `temperature` 0 is greedy.
-    Raises ValueError for an empty prompt, or as refuse_short_windows does.
+    Each prompt is run once, and its cache is copied to its group. At most `max_rows` rows are live; those
+    that finish make room for prompts that wait. Token t of answer e is drawn with `uniform`[e, t], float64 in
+    [0, 1), by default from `generator`. So what is sampled depends neither on `max_rows` nor on who finishes
+    when. `temperature` 0 is greedy. Raises ValueError for an empty prompt, or as refuse_short_windows does.
     """
     if not prompts or not all(prompts):
         raise ValueError("sample: each prompt needs at least one token")
@@ -825,18 +786,16 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
     cache, as_cache = RowCache(rows, columns, longest, model.dtype, device), cache_name(model)
     stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     ends = torch.tensor(stops, device=device)
-    if temperature:
-        if uniform is None:
-            uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator,
-                                 device=generator and generator.device)
-        uniform = F.pad(uniform.to(device), (0, 1))
+    if temperature and uniform is None:
+        uniform = torch.rand(total, max_new_tokens, dtype=torch.float64, generator=generator,
+                             device=generator and generator.device)
+    uniform = F.pad(uniform.to(device), (0, 1)) if temperature else None
     # By answer. Finished rows go on writing, into one more column, until they are removed.
     ids = torch.zeros((total, max_new_tokens + 1), dtype=torch.long, device=device)
     logprobs, entropies = (torch.zeros((total, max_new_tokens + 1), device=device) for _ in range(2))
     lengths = torch.zeros(total, dtype=torch.long, device=device)
-    # By live row.
+    done = torch.ones(rows, dtype=torch.bool, device=device)  # this and the next ones are by live row
     answer, token, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
-    done = torch.ones(rows, dtype=torch.bool, device=device)
 
     def record(where: Tensor | slice, logits: Tensor) -> None:
         """Choose the next token of the rows `where` and keep it."""
@@ -896,8 +855,7 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
 
 
 def refuse_short_windows(config, tokens: int) -> None:
-    """Raises ValueError if the model's attention doesn't reach over `tokens` tokens, as `sample` and packing
-    need it, or if its positions change when a row is that long."""
+    """Raises ValueError if a layer doesn't see all of `tokens` tokens, or if positions change within them."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"  # for Mistral's, without layer_types
@@ -910,17 +868,15 @@ def refuse_short_windows(config, tokens: int) -> None:
         kind = part.get("rope_type", part.get("type"))
         limit = part.get("original_max_position_embeddings") if kind == "longrope" else None
         limit = limit or getattr(config, "max_position_embeddings", math.inf)
-        # transformers picks a whole batch's frequencies by its longest row: one row beyond the limit changes
-        # all others, and a row that crosses it has keys of both kinds in its cache.
+        # One row beyond the limit changes its whole batch, and one that crosses it has keys of both kinds.
         if kind in ("longrope", "dynamic") and tokens > limit:
             raise ValueError(f"the model's positions ({kind}) are other ones beyond {limit} tokens, and a "
                              f"prompt and its answer may have {tokens}; lower --max-new-tokens")
 
 
 class VLLMSampler:
-    """Samples with vLLM (https://docs.vllm.ai) in this process, with the policy's current weights. Its
-    log-probabilities differ from ours by 1e-5 in float32, and by about 0.03 in bfloat16. Raises ValueError,
-    with what to install, if vLLM is missing or isn't as this code knows it."""
+    """Samples with vLLM in this process, with the policy's weights. Its log-probabilities differ from ours by
+    1e-5 in float32, 0.03 in bfloat16. Raises ValueError if vLLM is missing or isn't as this code knows it."""
 
     def __init__(self, model, *, stops: list[int], max_model_len: int, kv_cache_bytes: int, max_rows: int):
         """max_model_len: tokens of the longest prompt and its answer; max_rows: answers sampled at a time."""
@@ -1004,8 +960,7 @@ class Limits:
     place_share: float = 0.1  # the padded row's share of the bytes that a lone token keeps
 
     def shrink(self, phase: Literal["rollout", "update"], longest: int) -> str | None:
-        """Let `phase` take less memory, and say how in words; None if it is at its least.
-        longest: tokens of the update's longest sequence."""
+        """Make `phase` smaller and say how, or None at its least. longest: tokens of the longest sequence."""
         back = "(to set it back later: --resume RUN --{} N)"
         if phase == "rollout" and self.max_rows > 1:
             self.max_rows //= 2
@@ -1198,8 +1153,7 @@ def plan(
 
 def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
     """Set CUDA's switches, before anything is on it. Raises ValueError if it can't compute in `dtype`."""
-    # A bf16 matrix product on CUDA may add partial sums in bf16. In the head's gradient a sum runs over the
-    # vocabulary, 151,936 numbers for Qwen2.5: it has to be in float32.
+    # A bf16 product may add partial sums in bf16. The head's gradient adds 151,936 numbers for Qwen2.5.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     # On Hopper cuDNN's attention comes first, and plans anew for each decoding step's shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1219,12 +1173,10 @@ def prepare_cuda(dtype: torch.dtype, expandable: bool = True) -> None:
 
 
 def detect_budget_bytes(device: torch.device | str) -> int:
-    """Bytes that tensors may take on a device. With CUDA: what is free or ours already, less 5% for fragments
-    and kernels that are loaded late. On a CPU: what is free in the machine and in the container, less 20% for
-    others; the ranks of this machine share it."""
+    """Bytes that tensors may take. CUDA: what is free or ours already, less 5% for fragments and kernels that
+    are loaded late. CPU: this rank's part of what is free in machine and container, less 20% for others."""
     if str(device).startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(0.95 * (free + torch.cuda.memory_reserved(device)))
+        return int(0.95 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
     free = 4 * 2**30  # where the system doesn't say, as on Windows
     with suppress(AttributeError, ValueError):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
