@@ -382,11 +382,12 @@ def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: f
             generator: torch.Generator | None = None, first_group: int = 0) -> list[Episode]:
     """Sample `group_size` answers to each example and score them. Each rank does a share of the examples, and
     every rank gets all episodes."""
-    config, uniform, mine = run.config, None, memory.my_slice(len(examples))
+    config, uniform = run.config, None
+    mine = memory.share(range(len(examples)), [1] * len(examples))
     if temperature:
         # The same on all ranks, on the CPU and before any attempt: running out of memory changes no sample.
-        uniform = torch.rand(len(examples) * group_size, config.max_new_tokens, dtype=torch.float64,
-                             generator=generator)[mine.start * group_size : mine.stop * group_size]
+        uniform = torch.rand(len(examples), group_size, config.max_new_tokens, dtype=torch.float64,
+                             generator=generator)[mine].flatten(0, 1)
 
     def answer(run: "Run", examples: list[dict]) -> list[Episode]:
         if not examples:
@@ -399,10 +400,10 @@ def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: f
         texts, sampled = run.policy.tokenizer.batch_decode(ids), time.monotonic()
         scores = rewards.score_batch(run.rewards, [e["prompt"] for e in asked], texts, asked, ids)
         run.spent.update(sampling=sampled - started, scoring=time.monotonic() - sampled)
-        return [Episode(e, first_group + mine.start + i // group_size, e["prompt_ids"], *rest, *score)
+        return [Episode(e, first_group + mine[i // group_size], e["prompt_ids"], *rest, *score)
                 for i, (e, *rest, score) in enumerate(zip(asked, completions, texts, scores))]
 
-    episodes = run.attempt("rollout", answer, examples[mine])
+    episodes = run.attempt("rollout", answer, [examples[i] for i in mine])
     for e in episodes if config.overlong_buffer else []:
         length = len(e.completion.ids)
         e.parts["overlong"] = overlong_penalty(length, config.max_new_tokens, config.overlong_buffer)

@@ -21,7 +21,7 @@ import sys
 import time
 import urllib.request
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -196,15 +196,9 @@ def gather(attempt: Callable[[], list]) -> list:
     return [x for part, _ in everyone for x in part]
 
 
-def my_slice(count: int) -> slice:
-    """This rank's part of `count` equal things, such as prompts: [0:2] and [2:5] of 5 for two ranks."""
-    rank, ranks = my_rank()
-    return slice(count * rank // ranks, count * (rank + 1) // ranks)
-
-
-def share(items: list, sizes: list[int]) -> list:
-    """This rank's part of items of sizes[i] >= 1 tokens. All parts are equally large to within one item. A
-    part is one piece of the list, because neighbours share a prompt, which is then computed once."""
+def share(items: Sequence, sizes: list[int]) -> list:
+    """This rank's part of items of sizes[i] >= 1, such as tokens. All parts are equally large to within one
+    item. A part is one piece of the list: neighbours share a prompt, which is then computed once."""
     (rank, ranks), total = my_rank(), sum(sizes)
     # An item goes to the rank whose part of all tokens holds the middle of the item.
     return [item for item, size, end in zip(items, sizes, itertools.accumulate(sizes))

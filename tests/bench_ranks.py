@@ -109,7 +109,7 @@ def exchange(layers: int, steps: int) -> None:
     optimizer = memory.AdamW8bit(params, lr=1e-6)
     (sent, waits), seconds, waited = count(), [], []
     for _ in range(steps):
-        lengths = [rng.randrange(200, 1024) for _ in range(256)[memory.my_slice(256)]]
+        lengths = [rng.randrange(200, 1024) for _ in memory.share(range(256), [1] * 256)]
         numbers = lambda n: [rng.random() for _ in range(n)]
         made = [([7] * n, numbers(n), numbers(n)) for n in lengths]  # as an Episode's ids and statistics
         for p in params:

@@ -331,8 +331,8 @@ def test_shares_are_all_lessons_once_in_order_and_of_equal_size_to_within_one(si
 
 
 @given(st.integers(0, 60), st.integers(1, 9))
-def test_slices_are_everything_once_in_order_and_differ_by_one_at_most(count, ranks):
-    parts = [list(range(count)[part]) for part in each_rank(ranks, lambda: memory.my_slice(count))]
+def test_shares_of_equal_items_differ_by_one_at_most(count, ranks):
+    parts = each_rank(ranks, lambda: memory.share(range(count), [1] * count))
     assert list(chain(*parts)) == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
