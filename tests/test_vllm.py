@@ -394,5 +394,5 @@ def test_a_run_whose_server_is_killed_goes_on_with_another(
         g.train(g.parse_command_line(["--resume", str(tmp_path / "run"), "--reference-url", other.url]))
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == [1, 2, 3]
     resumed = g.parse_command_line(["--resume", str(tmp_path / "run" / "checkpoint-2")])
-    with pytest.raises(g.InputError, match="give --reference-url"):  # the reference's weights aren't here
+    with pytest.raises(g.InputError, match="see --reference-url"):  # the reference's weights aren't here
         g.open_run(dataclasses.replace(resumed, reference_url=None))
