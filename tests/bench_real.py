@@ -4,10 +4,10 @@
     .venv/bin/python tests/bench_real.py --model FOLDER --task mine.jsonl --reward mine.py:reward \\
         --cold-start-steps 0 --max-new-tokens 80
 
-A run takes hours on two cores. The runs stay in --output-dir: a run that was stopped goes on, a run that is
-done is only read, and with --read none is trained. Held out are pairs of numbers, so that what is learned is
-which operator hits a target. `--masters off` rounds every weight to bfloat16 after each step, as training
-without float32 masters does.
+A run takes hours on two cores. The runs stay in --output-dir: a run that was stopped goes on, and so does one
+that is done when --steps is more than it has. With --read none is trained. Held out are pairs of numbers, so
+that what is learned is which operator hits a target. `--masters off` rounds every weight to bfloat16 after
+each step, as training without float32 masters does.
 """
 
 import argparse
@@ -39,7 +39,8 @@ def round_weights() -> None:
 def run(folder: Path, read: bool, **settings) -> tuple[dict, list[dict]]:
     """One run, or what is left of it to do, in `folder`: its summary and its metrics."""
     done = folder / "summary.json"
-    if not read and not (done.exists() and json.loads(done.read_text())["stopped_by"] is None):
+    told = json.loads(done.read_text()) if done.exists() else {"stopped_by": "a kill"}
+    if not read and (told["stopped_by"] is not None or told["steps"] < settings["steps"]):
         summary = g.train(g.make_config("tiny", output_dir=str(folder.parent), name=folder.name, **settings,
                                         resume="latest" if folder.exists() else None))
         if summary["stopped_by"] is not None:
