@@ -531,9 +531,8 @@ class Config:
     prompt_format: str | None = flag(None, "for a built-in task: one of " + ", ".join(data.PROMPTS))
     train_examples: int = flag(10_000, "at most so many examples to train on", at_least=1)
     reward: list[str] = field(default_factory=["countdown_equation", "countdown_format:0.1"].copy, metadata={
-        "nargs": "+", "help": "rewards to add up: NAME of rewards.py, or your own FILE.py:FUNCTION or "
-        "package.module:FUNCTION, code that runs with your rights; each with an optional :WEIGHT; the first "
-        "one decides accuracy: a score of 1 or more is solved"})
+        "nargs": "+", "help": "NAME of rewards.py, or FILE.py:FUNCTION or package.module:FUNCTION, code that "
+        "runs with your rights, each with :WEIGHT or not; the first decides accuracy: 1 or more is solved"})
     cold_start_steps: int = flag(0, "supervised steps first, for models that write no tags", at_least=0)
     cold_start_lr: float = flag(1e-5, "learning rate of the cold start, falling to zero over it", at_least=0)
     cold_start_batch: int = flag(64, "demonstrations in a step of the cold start", at_least=1)
@@ -560,8 +559,7 @@ class Config:
     clip_high: float = flag(0.2, "and above at 1 + this", at_least=0)
     beta: float = flag(0.0, "coefficient of the KL divergence from a reference; 0 needs none", at_least=0)
     reference_every: int = flag(0, "steps after which the policy becomes the reference; 0: never", at_least=0)
-    reference_url: str | None = flag(None, "server of the reference's log-probabilities, such as vLLM at "
-                                     "http://host:8000; the variable GRPO_REFERENCE_TOKEN may hold its key")
+    reference_url: str | None = flag(None, "the reference's server, http://...; key: GRPO_REFERENCE_TOKEN")
     importance_cap: float = flag(2.0, "largest weight that makes up for vLLM's sampling; 0: none", at_least=0)
     aggregation: Literal["token", "sequence", "constant"] = flag(
         "token", "average over all tokens (DAPO), within answers (GRPO), by max-new-tokens (Dr. GRPO)")
@@ -586,15 +584,12 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "send the metrics there too")
 
     # What a call does. It is no setting of a run: neither saved, nor compared when a run is resumed.
-    resume: str | None = flag(None, "go on from a checkpoint folder, from the newest one of a run folder, or "
-                              "from `latest`, the newest of the newest run; its settings are taken over",
-                              group="instead of a new run", mode=True)
-    ask: str | None = flag(None, "print the greedy answer to this text, the user's turn of a prompt, or to a "
-                           "JSON object, an example, with its rewards; no text: to each line of the input",
-                           mode=True, nargs="?", const="")
+    resume: str | None = flag(None, "go on from a checkpoint folder, a run's folder or `latest`; settings "
+                              "are taken over from it", group="instead of a new run", mode=True)
+    ask: str | None = flag(None, "print the greedy answer to this text, or to an example as a JSON object, "
+                           "with rewards; no text: to each line of the input", mode=True, nargs="?", const="")
     eval_only: bool = flag(False, "evaluate the model, or the run that is resumed, and stop", mode=True)
-    plan_only: bool = flag(False, "print what would take how much memory and stop, exit code 2 if it doesn't "
-                           "fit; --device cuda --memory-budget-gib 12 is for such a card", mode=True)
+    plan_only: bool = flag(False, "print what takes how much memory; exit code 2: it doesn't fit", mode=True)
 
     def __post_init__(self):
         for f in fields(self):
