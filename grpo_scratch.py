@@ -19,7 +19,6 @@ trained), top-p and top-k (they sample from another distribution than the one th
 """
 
 import argparse
-import difflib
 import json
 import math
 import operator
@@ -1119,13 +1118,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_command_line(arguments: list[str] | None = None) -> Config:
     """The Config that a command line asks for. Defaults come from a recipe, or from an existing run."""
-    parser, settings = make_parser(), fields(Config)
-    parsed, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [f"--{f.name.replace('_', '-')}" for f in settings]
-        nearest = difflib.get_close_matches(unknown[0], flags, n=1)
-        parser.error(f"{unknown[0]}: no such flag" + (f", did you mean {nearest[0]}?" if nearest else ""))
-    given, taken, modes = vars(parsed), {}, {f.name for f in settings if "mode" in f.metadata}
+    parser, settings, taken = make_parser(), fields(Config), {}
+    given, modes = vars(parser.parse_args(arguments)), {f.name for f in settings if "mode" in f.metadata}
     wants_help = given.pop("help", False)
     if "resume" in given and (checkpoint := data.find_checkpoint(
             given["resume"], given.get("output_dir", Config.output_dir), given.get("name"))):

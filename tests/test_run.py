@@ -214,7 +214,7 @@ BAD = {
     "unknown task": (["--task", "sudoku"], "use countdown, gsm8k"),
     "unknown reward": (["--reward", "countdown_equatoin"], "did you mean 'countdown_equation'?"),
     "unknown dtype": (["--dtype", "float16"], "invalid choice"),
-    "unknown flag": (["--group-sise", "8"], "--group-sise: no such flag, did you mean --group-size?"),
+    "unknown flag": (["--group-sise", "8"], "unrecognized arguments: --group-sise 8; see"),
     "no number": (["--steps", "many"], "invalid int value: 'many'"),
     "group of one": (["--group-size", "1"], "--group-size 1: must be at least 2"),
     "missing file": (["--task", "gone.jsonl"], "gone.jsonl: no such file"),
