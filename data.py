@@ -125,13 +125,6 @@ def asked_example(text: str, prompt_format: str) -> Example:
     return make_example(row, "", "--ask")
 
 
-def last_request(prompt: str | list[dict]) -> str:
-    """What the prompt asks: its text, or the last message that is not the assistant's."""
-    if isinstance(prompt, str):
-        return prompt
-    return ([m["content"] for m in prompt if m["role"] != "assistant"] or [prompt[0]["content"]])[-1]
-
-
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
     """Token ids of a prompt: text as it stands, or messages by the chat template (without one, as lines)."""
     return encode(tokenizer, prompt)[0]
@@ -213,7 +206,7 @@ def refuse_unknown(tokenizer, config, example: Example, what: str, ids: list[int
 
 
 def place(example: dict) -> str:
-    return getattr(example, "where", "") or f"the prompt that begins {last_request(example['prompt'])[:60]!r}"
+    return getattr(example, "where", "") or f"the prompt that begins {str(example['prompt'])[:80]}"
 
 
 # ---- Countdown: reach the target from the given numbers, each used exactly once. ---------------------------
@@ -489,8 +482,15 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
     if model == "embedded":
         tokenizer = tiny_tokenizer()
         return tiny_config(tokenizer), tokenizer
-    config, load = only_config(model, trust_remote_code), transformers.AutoTokenizer.from_pretrained
-    tokenizer = fetch(f"--model {model}", load, model, trust_remote_code=trust_remote_code)
+    config, tokenizer = (
+        fetch(f"--model {model}", kind.from_pretrained, model, trust_remote_code=trust_remote_code)
+        for kind in (transformers.AutoConfig, transformers.AutoTokenizer))
+    if quantized := getattr(config, "quantization_config", None):
+        method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
+        raise InputError(f"--model {model}: its weights are quantized ({method}); use the unquantized model")
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None or tokenizer.eos_token_id >= rows:  # some classes make one up
         names = [tokenizer.convert_ids_to_tokens(i) for i in declared(model)[1] if i < rows]
@@ -499,18 +499,6 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
         raise InputError(f"--model {model}: neither its tokenizer nor its generation config has an end-of-"
                          "sequence token that its embeddings know, so no answer could ever end")
     return config, tokenizer
-
-
-def only_config(model: str, trust_remote_code: bool) -> transformers.PreTrainedConfig:
-    load = transformers.AutoConfig.from_pretrained
-    config = fetch(f"--model {model}", load, model, trust_remote_code=trust_remote_code)
-    if quantized := getattr(config, "quantization_config", None):
-        method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
-        raise InputError(f"--model {model}: its weights are quantized ({method}); use the unquantized model")
-    for part in (config, config.get_text_config()):
-        if getattr(part, "output_router_logits", False):
-            part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
-    return config
 
 
 def declared(model: str) -> tuple[dict, list[int]]:
@@ -524,16 +512,16 @@ def declared(model: str) -> tuple[dict, list[int]]:
     return generation, ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def load_policy(model: str, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0,
+def load_policy(model: str, config, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0,
                 trust_remote_code: bool = False) -> Policy:
-    """The policy with its weights; `load_config` gave the tokenizer. Raises InputError if it can't be had."""
+    """The policy with its weights, for what `load_config` gave. Raises InputError if it can't be had."""
     generation, ends = {}, []
     if model == "embedded":
         loaded = tiny_policy(seed, dtype)[0]
     else:
         load = transformers.AutoModelForCausalLM.from_pretrained
-        loaded = fetch(f"--model {model}", load, model, config=only_config(model, trust_remote_code),
-                       dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
+        loaded = fetch(f"--model {model}", load, model, config=config, dtype=dtype,
+                       attn_implementation="sdpa", trust_remote_code=trust_remote_code)
         for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()
         generation, ends = declared(model)
@@ -567,26 +555,17 @@ def only_warned(what: str, *kinds: type[Exception]) -> Iterator[None]:
         warn(f"{what} ({type(error).__name__}: {brief(error)}); training goes on")
 
 
-def refuse_folder(folder: Path, new: bool) -> None:
-    """Raises InputError if a run can't write to its folder, or if a new run would write over another."""
+def refuse_folder(folder: Path, new: bool, bytes_needed: float) -> None:
+    """Raises InputError if a run can't write to its folder, if a new run would write over another, or if the
+    disk lacks `bytes_needed`, which a checkpoint and `final/` take."""
     if new and folder.exists():
         raise InputError(f"{folder} exists already; choose another --name, --resume it, or remove it")
-    above = existing(folder)
+    above = next(path for path in (folder, *folder.parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise InputError(f"--output-dir {folder.parent}: {above} can't be written to; choose another")
-
-
-def refuse_full_disk(folder: Path, bytes_needed: float) -> None:
-    """Raises InputError if the disk lacks `bytes_needed`, which a checkpoint and `final/` take."""
-    free = shutil.disk_usage(existing(folder)).free
-    if first_rank() and free < bytes_needed:
+    if first_rank() and (free := shutil.disk_usage(above).free) < bytes_needed:
         raise InputError(f"--output-dir {folder.parent}: {free / 1e9:.1f} GB free, the run needs "
                          f"{bytes_needed / 1e9:.1f}; make room, or --save-every 0 --save-minutes 0")
-
-
-def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
@@ -705,13 +684,12 @@ def save_final(policy: Policy, folder: Path) -> None:
         raise InputError(f"{folder / 'final'} can't be written; {advice}")
 
 
-def save_best(policy: Policy, folder: Path, evaluation: dict) -> dict:
+def save_best(policy: Policy, folder: Path, evaluation: dict) -> None:
     """Write `best/` if this evaluation beats that of the model there: by accuracy, then by held-out reward.
-    A tie keeps the earlier one. A failure only warns. Returns the evaluation of the model in `best/`."""
+    A tie keeps the earlier one. A failure only warns."""
     rank = lambda e: (e["accuracy"], -math.inf if e.get("reward") is None else e["reward"])
-    best = best_evaluation(folder)
-    is_better = rank(evaluation) > rank(best) and save_folder(policy, folder / "best", evaluation=evaluation)
-    return evaluation if is_better else best
+    if rank(evaluation) > rank(best_evaluation(folder)):
+        save_folder(policy, folder / "best", evaluation=evaluation)
 
 
 def best_evaluation(folder: Path) -> dict:
@@ -886,19 +864,6 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
         warn(f"step {record['step']}: a number is not finite; that update changed no weight")
 
 
-def side_by_side(before: list, after: list) -> str:
-    """Held-out (request, greedy answer, whether it is solved) before and after training, in two columns."""
-    width, lines = min(shutil.get_terminal_size((100, 24)).columns, 140) // 2 - 2, []
-    for (request, *old), (_, *new) in zip(before, after):
-        columns = []
-        for when, (answer, is_solved) in (("before", old), ("after", new)):
-            wrapped = [part for line in answer.splitlines() for part in textwrap.wrap(line, width) or [""]]
-            columns.append([f"{when} ({'solved' if is_solved else 'not solved'})", *wrapped[:20]])
-        lines += ["", *textwrap.wrap(request, 2 * width)]
-        lines += [f"  {a:<{width}}| {b}" for a, b in itertools.zip_longest(*columns, fillvalue="")]
-    return "\n".join(lines)
-
-
 MEASURES = {"accuracy": "held-out accuracy", "reward": "held-out reward",
             "sampled_accuracy": "accuracy of {} samples", "pass_at_k": "pass@{}"}
 
@@ -908,17 +873,16 @@ def evaluation_in_words(evaluation: dict, samples: int) -> str:
                      if evaluation.get(name) is not None)
 
 
-def report(summary: dict, eval_samples: int, folder: Path) -> str:
-    """The table of held-out numbers before and after, and where the files are."""
-    lines, best = ["", f"{'':<28}{'before':>8}{'after':>8}"], summary["best"]
-    for key, words in MEASURES.items():
-        old, new = summary.get(f"{key}_before"), summary.get(f"{key}_after")
-        if old is not None and new is not None:  # None: not measured, or only since a resume
-            lines.append(f"{words.format(eval_samples):<28}{old:>8.3f}{new:>8.3f}")
+def report(summary: dict, samples: int, folder: Path) -> str:
+    """The held-out numbers before and after, and where the files are."""
+    (first, *_, last), best = summary["evaluations"], summary["best"]
     told = f"best/ (held-out accuracy {best['accuracy']:.3f}, step {best['step']})"
     names = ["curves.png", "samples.jsonl", "final/"] + [told] * (best["accuracy"] >= 0)
-    lines += ["", f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:"]
-    return "\n".join(lines + [f"  {folder}/{name}" for name in names])
+    return "\n".join([
+        f"before GRPO: {evaluation_in_words(first, samples)}",
+        f"after GRPO:  {evaluation_in_words(last, samples)}",
+        f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:",
+        *(f"  {folder}/{name}" for name in names)])
 
 
 def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
@@ -927,18 +891,15 @@ def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
     is_dropped = lambda m: "every answer truncated" in (m.get("skipped") or "")
     longer = "a longer --max-new-tokens, or --cold-start-steps to teach an answer's form, usually helps"
     troubles = {  # message: what each of so many last steps shows
-        "every answer has hit the length limit for 3 steps, and --skip-truncated drops them all; "
-        f"--skip-truncated false, {longer}": (3, is_dropped),
-        f"every answer has hit the length limit for 20 steps; {longer}":
-            (20, lambda m: is_cut(m) and not is_dropped(m)),
-        "rewards have had no spread within any group for 20 steps, so nothing is learned; easier examples, a "
-        "larger --group-size, a higher --temperature or a reward with more steps usually helps":
+        f"every answer is cut and left out for 3 steps; --skip-truncated false, {longer}": (3, is_dropped),
+        f"every answer is cut for 20 steps; {longer}": (20, lambda m: is_cut(m) and not is_dropped(m)),
+        "no group's rewards have had spread for 20 steps, so nothing is learned; easier examples, a larger "
+        "--group-size, a higher --temperature or a reward with more steps usually helps":
             (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
-        "the entropy is nearly zero, so answers to a prompt are all the same; start again with a lower "
+        "the entropy is nearly 0: all answers to a prompt are the same; start again with a lower "
         "--learning-rate, a --beta above 0 or a higher --temperature":
             (20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3 and not is_cut(m)),
-        "scoring takes more than a fifth of each step; a reward for all answers at once, "
-        "(completions, **columns) -> list[float], can use a pool of processes":
+        "scoring takes more than a fifth of each step; a reward for all answers at once can use processes":
             (3, lambda m: m.get("scoring_seconds", 0) > m["seconds"] / 5),
     }
     for message, (steps, shows) in troubles.items():

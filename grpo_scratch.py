@@ -245,8 +245,7 @@ def train_sequences(episodes: list[Episode], config: "Config") -> list[TrainSequ
     """What is to be learned from episodes that have their advantages. Token weights and the high-entropy mask
     are taken over the whole batch. Then, without a KL term, episodes of advantage 0 are dropped, because
     their gradient is zero. Example: two answers with advantages 1 and -1 and entropies [.1 .9] and [.2 .8 .3]
-    give two sequences. With aggregation "token" and top_entropy 0.4, `counted` is [1] in both, and each token
-    weighs 1/5."""
+    give two sequences. With top_entropy 0.4, `counted` is [1] in both, and each token weighs 1/5."""
     lengths = torch.tensor([len(e.completion.ids) for e in episodes])
     weights = token_weights(lengths, config.aggregation, config.max_new_tokens).tolist()
     entropies = torch.tensor([entropy for e in episodes for entropy in e.completion.entropies])
@@ -318,9 +317,8 @@ def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float,
 
 
 def optimizer_step(run: "Run", optimizer, parts: list[dict], rate: float, max_grad_norm: float) -> dict:
-    """Clip the gradients, make one step, and free them. No step if a number is not finite. Returns
-    the sums of all ranks' `parts`, and the gradient's norm. Raises StepLost when memory runs out, because
-    half a step can't be made again."""
+    """Clip the gradients, make a step if all numbers are finite, and free them. Returns the sums of all
+    ranks' `parts` and the gradient's norm. Raises StepLost if memory runs out: no half step is made again."""
     found, run.midway = Counter(), True
     for part in parts:
         found.update(part)
@@ -379,8 +377,7 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
 
 def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: float,
             generator: torch.Generator | None = None, first_group: int = 0) -> list[Episode]:
-    """Sample `group_size` answers to each example and score them. Each rank does a share of the examples, and
-    every rank gets all episodes."""
+    """Sample `group_size` answers to each example and score them. Each rank does a share, and gets all."""
     config, uniform = run.config, None
     mine = memory.share(range(len(examples)), [1] * len(examples))
     if temperature:
@@ -423,8 +420,7 @@ def is_solved(episode: Episode) -> bool:
 
 @torch.no_grad()
 def all_logprobs(run: "Run", sequences: list[TrainSequence], temperature: float) -> list[Tensor]:
-    """[2, m] for each sequence: log-probabilities and entropies of its tokens that count, in nats. They come
-    from the very code that the update runs."""
+    """[2, m] for each sequence: log-probabilities and entropies, in nats, of its tokens that count."""
     found = {}
     for batch in memory.micro_batches(sequences, run.limits):
         both = torch.stack(memory.sequence_logprobs(run.policy.model, batch, temperature))
@@ -459,10 +455,10 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
 
 
 def evaluate(run: "Run") -> dict:
-    """Greedy accuracy, mean reward and the first three answers on held-out examples. With `eval_samples` k
-    also pass@k and the mean accuracy of k sampled answers, which have random numbers of their own."""
+    """Greedy accuracy and mean reward on held-out examples. With `eval_samples` k also pass@k and the mean
+    accuracy of k sampled answers, which have random numbers of their own."""
     config, heldout = run.config, run.heldout
-    say(f"evaluating {len(heldout)} held-out examples")
+    say(f"step {run.step}: evaluating {len(heldout)} held-out examples")
     greedy, sampled = rollout(run, heldout, group_size=1, temperature=0.0), []
     if config.eval_samples:
         sampled = rollout(run, heldout, group_size=config.eval_samples, temperature=config.temperature,
@@ -472,13 +468,12 @@ def evaluate(run: "Run") -> dict:
              "sampled_accuracy": statistics.fmean(map(is_solved, sampled)) if sampled else None,
              "pass_at_k": len({e.group for e in sampled if is_solved(e)}) / len(heldout) if sampled else None}
     run.evaluations.append(found)
-    shown = [(data.last_request(e.example["prompt"]), e.text, is_solved(e)) for e in greedy[:3]]
-    return {**found, "shown": shown}
+    say(f"step {run.step}: {data.evaluation_in_words(found, config.eval_samples)}")
+    return found
 
 
 def cold_start(run: "Run") -> None:
-    """Supervised steps on demonstrations: GRPO's loss with every advantage 1 and the weights of "token". The
-    rate falls linearly to zero."""
+    """Supervised steps: GRPO's loss with every advantage 1, weights of "token", a rate that falls to zero."""
     config, steps, rng = run.config, run.config.cold_start_steps, random.Random(run.config.seed)
     model, tokenizer = run.policy.model, run.policy.tokenizer
     optimizer = memory.AdamW8bit(model.parameters(), config.cold_start_lr, offload=config.offload_optimizer)
@@ -662,8 +657,7 @@ def find_device(device: str) -> str:
 
 
 def make_config(recipe: str = "auto", **overrides) -> Config:
-    """A recipe's settings with `overrides`; the device decides which recipe "auto" is. Raises InputError if a
-    name is unknown or a value is out of range."""
+    """A recipe's settings with `overrides`. Raises InputError for unknown names and values out of range."""
     if recipe == "auto":
         recipe = "improved" if find_device(overrides.get("device", "auto")) == "cuda" else "tiny"
     if recipe not in RECIPES:
@@ -701,14 +695,13 @@ class Run:
     order: list[dict] = field(default_factory=list)  # the examples, pass after pass, each in a new order
     spent: Counter = field(default_factory=Counter)  # seconds of this step in sampling and scoring
     midway: bool = False  # this step has changed weights, and is not done
-    before: dict | None = None  # the evaluation before the first step
     step: int = 0
     bad_steps: int = 0  # in a row
     drawn: int = 0  # examples that the steps so far have used
     random_state: Tensor | None = None  # the generator's after them; a step that fails may have drawn more
-    evaluations: list[dict] = field(default_factory=list)
+    evaluations: list[dict] = field(default_factory=list)  # the first one is of before the first step
 
-    progress: ClassVar = ("before", "step", "bad_steps", "drawn", "random_state", "evaluations")
+    progress: ClassVar = ("step", "bad_steps", "drawn", "random_state", "evaluations")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -724,8 +717,7 @@ class Run:
     def attempt(self, phase: str, work: Callable, items: list, **options) -> list:
         """The lists that work(run, items, **options) makes on all ranks, put together. When memory runs out
         in the phase "rollout" or "update", it shrinks the limits, clears the gradients, and starts over. An
-        error on one rank is raised on every rank. When the limits can't shrink, it raises StepLost if this
-        step has changed weights, else DoesNotFit."""
+        error on one rank is raised on every rank. At the least it raises DoesNotFit, or StepLost."""
         def until_it_fits() -> list:
             while True:
                 if phase == "update":
@@ -784,13 +776,12 @@ def open_run(config: Config) -> Run | None:
     if config.plan_only:
         return None
     if writes:
-        data.refuse_folder(run.folder, new=not config.resume)
         # A checkpoint: weights, a reference, two moments of a byte with scales, bf16 masters' lower halves.
         byte, saves = run.dtype.itemsize, bool(config.save_every or config.save_minutes)
         has_reference = config.beta > 0 and not config.reference_url
         checkpoint_bytes = byte * (1 + has_reference) + 2 + 8 / 256 + 2 * (byte == 2)
-        data.refuse_full_disk(run.folder, plan.parameters * (byte + checkpoint_bytes * saves))
-    make_parts(run, model, tokenizer, plan)
+        data.refuse_folder(run.folder, not config.resume, plan.parameters * (byte + checkpoint_bytes * saves))
+    make_parts(run, model, model_config, tokenizer, plan)
     if state and writes:
         with told_as_input(f"--resume {checkpoint}: its state doesn't suit this run (go on with the device, "
                            "dtype and model that it was made with)", (KeyError, RuntimeError, ValueError)):
@@ -882,7 +873,7 @@ def make_plan(run: Run, model_config, state: dict | None) -> memory.MemoryPlan:
     return plan
 
 
-def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None:
+def make_parts(run: Run, model: str, model_config, tokenizer, plan: memory.MemoryPlan) -> None:
     """Read the weights, and make what computes."""
     config, run.limits = run.config, plan.limits
     # Cap torch's memory, so that CUDA can load kernels later. Not with vLLM: the cap would go on counting the
@@ -891,7 +882,7 @@ def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None
         total = torch.cuda.get_device_properties(run.device).total_memory
         allowed = memory.ALLOCATOR_SHARE * plan.memory_budget_bytes
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
-    policy = open_policy(run, model, tokenizer)
+    policy = open_policy(run, model, model_config, tokenizer)
     if config.reference_url and not config.eval_only:
         run.reference = memory.ReferenceServer(config.reference_url, longest=run.longest, warn=warn)
     elif config.beta > 0 and not config.eval_only:
@@ -908,11 +899,11 @@ def make_parts(run: Run, model: str, tokenizer, plan: memory.MemoryPlan) -> None
     run.random_state = run.generator.get_state()
 
 
-def open_policy(run: Run, model: str, tokenizer) -> data.Policy:
+def open_policy(run: Run, model: str, model_config, tokenizer) -> data.Policy:
     """Load the policy and prepare it for sampling and updates. Raises InputError when its logits are not
     simply hidden @ head.T, or its attention can't take packed tokens."""
-    policy = data.load_policy(model, tokenizer, dtype=run.dtype, device=run.device, seed=run.config.seed,
-                              trust_remote_code=run.config.trust_remote_code)
+    policy = data.load_policy(model, model_config, tokenizer, dtype=run.dtype, device=run.device,
+                              seed=run.config.seed, trust_remote_code=run.config.trust_remote_code)
     with told_as_input(f"--model {model}"):
         memory.prepare_model(policy.model)
     memory.sum_gradients_in_fp32(policy.model.parameters())
@@ -963,8 +954,7 @@ def start(run: Run) -> None:
             run.reference.refresh()
     if run.config.reference_url:
         check_reference(run)
-    run.before = evaluate(run)
-    say(f"before GRPO: {data.evaluation_in_words(run.before, run.config.eval_samples)}")
+    evaluate(run)
 
 
 def check_reference(run: Run) -> None:
@@ -981,24 +971,23 @@ def check_reference(run: Run) -> None:
 
 def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by, signals: list[int]) -> dict:
     """The end of a run: the final model, its evaluation, the picture and the summary, which is returned."""
-    after, best, done = {}, data.best_evaluation(run.folder), stopped_by is None
+    after, done = {}, stopped_by is None
     if done:
         data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
         after = evaluate(run)
-        dashboard.log(run.evaluations[-1], prefix="held-out/")
-        best = data.save_best(run.policy, run.folder, run.evaluations[-1])
+        dashboard.log(after, prefix="held-out/")
+        data.save_best(run.policy, run.folder, after)
         stopped_by = signals[0] if signals else None  # it came in the evaluation, and is the exit code
     if metrics:  # none with --steps 0
         data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
     summary = {"recipe": run.config.recipe, "steps": run.step, "seconds": time.monotonic() - started,
                "peak_memory_bytes": memory.peak_memory(run.device), "evaluations": run.evaluations,
-               "best": best, "stopped_by": stopped_by}
+               "best": data.best_evaluation(run.folder), "stopped_by": stopped_by}
     for name in ("accuracy", "reward", "sampled_accuracy", "pass_at_k"):
-        summary |= {f"{name}_before": run.before.get(name), f"{name}_after": after.get(name)}
+        summary |= {f"{name}_before": run.evaluations[0].get(name), f"{name}_after": after.get(name)}
     with data.only_warned("summary.json can't be written", OSError):
         data.write_json(run.folder / "summary.json", summary)
     if done:
-        say(data.side_by_side(run.before["shown"], after["shown"]))
         say(data.report(summary, run.config.eval_samples, run.folder))
     else:
         say(f"stopped after step {run.step} ({stopped_by}); go on with --resume {run.folder}")
@@ -1015,10 +1004,8 @@ def train(config: Config) -> dict:
     if run is None:
         return {"recipe": config.recipe}
     if config.eval_only:
-        found = evaluate(run)
-        say(data.evaluation_in_words(found, config.eval_samples))
-        return {"recipe": config.recipe, **found}
-    if run.before is None:
+        return {"recipe": config.recipe, **evaluate(run)}
+    if not run.evaluations:
         start(run)
     run.optimizer.make_state()  # while the memory is in one piece
     warned, stopped_by, saved_at = set(), None, time.monotonic()
@@ -1041,10 +1028,7 @@ def train(config: Config) -> dict:
             data.show_step(bar, record, config.steps)
             data.warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                found = evaluate(run)
-                best = data.save_best(run.policy, run.folder, run.evaluations[-1])
-                told = f" (best {best['accuracy']:.3f} at step {best['step']})" * (best["accuracy"] >= 0)
-                say(f"step {step}: {data.evaluation_in_words(found, config.eval_samples)}{told}")
+                data.save_best(run.policy, run.folder, evaluate(run))
                 data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")
                 dashboard.log(run.evaluations[-1], prefix="held-out/")
             stops = ["bad steps"] * (run.bad_steps >= 5) + memory.gather(lambda: list(signals))  # of any rank
@@ -1067,7 +1051,7 @@ def ask(config: Config) -> None:
     model, run = str(checkpoint or config.model), Run(config, meet_ranks(config))
     chosen = rewards.load_rewards(config.reward, warn)
     model_config, tokenizer = data.load_config(model, trust_remote_code=config.trust_remote_code)
-    open_policy(run, model, tokenizer)
+    open_policy(run, model, model_config, tokenizer)
     for text in [config.ask] if config.ask else filter(str.strip, sys.stdin):
         try:
             example = data.asked_example(text.strip(), config.prompt_format or config.task)

@@ -122,17 +122,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
                    chunk_size: int | None = None, into_weight_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of its distribution, without ever holding n x V logits.
-
     hidden [n, H] and weight [V, H] of one dtype, targets [n] int64; logits = hidden @ weight.T / temperature.
     The matrix product is in that dtype, as in a model's own head, and everything after it in float32. On CUDA
     a bf16 product is summed in float32 only after prepare_cuda (allow_bf16_reduced_precision_reduction).
     Returns (logprobs [n], entropies [n]), float32, in nats; entropies carry no gradient. Raises ValueError
     for other shapes. Cf. Wijmans et al., Cut Your Losses, arXiv 2411.09009.
-
     chunk_size: rows of logits at a time; by default as many as HEAD_WORKSPACE bytes hold.
     into_weight_grad: add the gradient of `weight`, a Parameter, to weight.grad in float32 (a bf16 one needs
-        sum_gradients_in_fp32). It saves a V x H float32; hooks and torch.autograd.grad don't see this part.
-    """
+        sum_gradients_in_fp32). It saves a V x H float32; hooks and torch.autograd.grad don't see this."""
     if not hidden.ndim == weight.ndim == 2 or hidden.shape != (*targets.shape, weight.shape[1]):
         shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, targets))
         raise ValueError(f"token_logprobs: hidden [n, H], weight [V, H], targets [n] wanted, got {shapes}")
@@ -238,15 +235,13 @@ def moved(state: dict, device: torch.device | str) -> dict:
 
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """bitsandbytes' AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861) on exact float32 weights.
-
     A bf16 parameter is the upper half of a float32 master. The lower half, the int16 `remainder`, is in the
     optimizer's state. Without it nearly every weight loses a step of 1e-6: near 0.02, bf16 steps by 1.2e-4.
     The masters are bit for bit what the library makes of float32 weights. Gradients are float32 or of the
     parameter's dtype. offload=True keeps the state in host memory; a step loads one parameter's.
 
     With several ranks each parameter has an owner, the only rank with its state (Rajbhandari et al., ZeRO,
-    arXiv 1910.02054, stage 1): sum_gradients() sums its gradient there, and step() updates it for all.
-    """
+    arXiv 1910.02054, stage 1): sum_gradients() sums its gradient there, and step() updates it for all."""
 
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, offload: bool = False):
@@ -392,8 +387,7 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
     """The sequences, each once, in batches that cost at most limits.micro_batch_tokens; each has `prompt` and
     `completion` (token ids), of which the last token is predicted, but not read. A computed token costs
     1 - place_share, and each of its places in attention's padded rows place_share: a lone sequence costs its
-    length. Answers to one prompt stay together, and its tokens are paid once. The longest come first, so what
-    doesn't fit fails at once."""
+    length. Answers to one prompt stay together, and its tokens are paid once. The longest come first."""
     length = lambda s: len(s.prompt) + len(s.completion) - 1
     # The longest of the sequences that share a prompt, as later entries replace earlier ones.
     longest = {tuple(s.prompt): length(s) for s in sorted(sequences, key=length)}
@@ -411,8 +405,7 @@ def micro_batches(sequences: list, limits: "Limits") -> list[list]:
 
 def packed_attention(module, query, key, value, attention_mask, slots: Tensor | None = None, **options):
     """transformers' SDPA attention, and the same over packed tokens (see pack): then query, key and value are
-    [1, heads, T, size] and `attention_mask` is places. Each token is copied to its places, and its output is
-    taken from one of them, its slot."""
+    [1, heads, T, size], `attention_mask` is places, and a token's output is taken from its slot."""
     attend = sdpa_attention.sdpa_attention_forward
     if slots is None:
         (rows, heads, tokens, size), shared = query.shape, key.shape[1]
@@ -442,10 +435,8 @@ def pack(prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]
     share goes through the model once, and padding never does. Returns what packed_hidden_states takes, int64
     on the host: ids[1, T]; positions[1, T]; slots[T], one place of each token in the flattened rows;
     places[1, 1, E, L]: which token stands where in the rows.
-
     Prompts [[5, 6], [5, 6]] and completions [[7], [8, 9]] are the tokens 5 6 7 8 9, with places
-    [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding, and slots 0, 1, 2, 6, 7.
-    """
+    [[0, 1, 2, 0], [0, 1, 3, 4]], where row 0 ends with padding, and slots 0, 1, 2, 6, 7."""
     longest = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions))
     places = torch.zeros(len(prompts), longest, dtype=torch.long)
     ids, positions, slots, starts = [], [], [], {}
@@ -763,12 +754,10 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
            generator: torch.Generator | None = None, uniform: Tensor | None = None,
            max_rows: int | None = None) -> list[Completion]:
     """`group_size` completions of each prompt (token ids), prompt after prompt.
-
     Each prompt is run once, and its cache is copied to its group. At most `max_rows` rows are live; those
     that finish make room for prompts that wait. Token t of answer e is drawn with `uniform`[e, t], float64 in
     [0, 1), by default from `generator`. So what is sampled depends neither on `max_rows` nor on who finishes
-    when. `temperature` 0 is greedy. Raises ValueError for an empty prompt, or as refuse_short_windows does.
-    """
+    when. `temperature` 0 is greedy. Raises ValueError for an empty prompt, and as refuse_short_windows."""
     if not prompts or not all(prompts):
         raise ValueError("sample: each prompt needs at least one token")
     device, total, longest = model.device, len(prompts) * group_size, max(map(len, prompts))
@@ -1034,11 +1023,9 @@ def plan(
     """What full-parameter training of a decoder built like Llama or Qwen takes, in a loop that uses all of
     this file. micro_batch_tokens, recomputed_layers and max_rows are kept if given. Otherwise as many rows as
     fit are taken, and the micro-batch and recomputation of least work. Raises DoesNotFit.
-
     The budget is for tensors: leave room beside it for CUDA's context and fragments. `evaluated`: answers of
     an evaluation. training=False plans sampling alone; engine=True plans for vLLM's. The plan is for the rank
-    that owns most of the optimizer's state; prompts, evaluated and budget are one rank's.
-    """
+    that owns most of the optimizer's state; prompts, evaluated and budget are one rank's."""
     config = model_config.get_text_config()
     layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
     heads, byte = config.num_attention_heads, dtype.itemsize

@@ -203,8 +203,8 @@ def save_inputs(folder: str, asked) -> None:
     else:
         task = "countdown" if asked.model else "mini-countdown"
         name = asked.model or "embedded"
-        _, tokenizer = data.load_config(name)
-        model = data.load_policy(name, tokenizer, dtype=torch.float32, device="cpu").model
+        config, tokenizer = data.load_config(name)
+        model = data.load_policy(name, config, tokenizer, dtype=torch.float32, device="cpu").model
         examples, _ = data.load_task(task, train_examples=wanted, eval_examples=1, seed=0)
         examples = [examples[i % len(examples)] for i in range(wanted)]
         if tokenizer.chat_template is None:  # of a base model; TRL takes its prompts as text

@@ -323,7 +323,7 @@ def test_clip_fraction_counts_the_tokens_whose_gradient_is_cut():
 
 
 def a_policy():
-    return g.open_policy(g.Run(g.Config(seed=3), "cpu"), "embedded", data.tiny_tokenizer())
+    return g.open_policy(g.Run(g.Config(seed=3), "cpu"), "embedded", *data.load_config("embedded"))
 
 
 def some_episodes(policy, group_size=4, seed=0):
