@@ -80,21 +80,18 @@ PROMPTS: dict[str, Callable[[dict], str | list[dict]]] = {
          f"equation that equals {example['target']}. You may use +, -, *, / and parentheses, and must use "
          "each number exactly once. Write your reasoning inside <think> </think> tags and then the equation "
          "alone inside <answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."},
-        {"role": "assistant", "content": "I will work through this step by step.\n<think>"},
-    ],
+        {"role": "assistant", "content": "I will work through this step by step.\n<think>"}],
     # The same in the few words that the embedded policy knows.
     "mini-countdown": lambda example: [
         {"role": "user",
          "content": f"numbers {' '.join(map(str, example['nums']))} target {example['target']}"},
-        {"role": "assistant", "content": "<think>"},
-    ],
+        {"role": "assistant", "content": "<think>"}],
     # As simple_GRPO asks it: the model itself opens and closes both tags.
     "gsm8k": lambda example: [
         {"role": "system", "content": "You help the user with a question. First think the steps through, "
          "then give the final answer. Put the thinking inside <think> </think> tags and the answer inside "
          "<answer> </answer> tags, like this: <think> your steps </think><answer> the answer </answer>."},
-        {"role": "user", "content": example["question"]},
-    ],
+        {"role": "user", "content": example["question"]}],
     # As The LM Book asks it: plain text without a chat template, other tags.
     "gsm8k-reasoning": lambda example: (
         "Reply in exactly this form:\n<reasoning>\nyour steps\n</reasoning>\n"

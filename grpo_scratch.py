@@ -458,7 +458,7 @@ def evaluate(run: "Run") -> dict:
     """Greedy accuracy and mean reward on held-out examples. With `eval_samples` k also pass@k and the mean
     accuracy of k sampled answers, which have random numbers of their own."""
     config, heldout = run.config, run.heldout
-    say(f"step {run.step}: evaluating {len(heldout)} held-out examples")
+    say(f"evaluating {len(heldout)} held-out examples")
     greedy, sampled = rollout(run, heldout, group_size=1, temperature=0.0), []
     if config.eval_samples:
         sampled = rollout(run, heldout, group_size=config.eval_samples, temperature=config.temperature,
@@ -468,7 +468,7 @@ def evaluate(run: "Run") -> dict:
              "sampled_accuracy": statistics.fmean(map(is_solved, sampled)) if sampled else None,
              "pass_at_k": len({e.group for e in sampled if is_solved(e)}) / len(heldout) if sampled else None}
     run.evaluations.append(found)
-    say(f"step {run.step}: {data.evaluation_in_words(found, config.eval_samples)}")
+    say(f"step {run.step}: " * (run.step > 0) + data.evaluation_in_words(found, config.eval_samples))
     return found
 
 

@@ -883,8 +883,7 @@ class VLLMSampler:
                     logprobs_mode="processed_logprobs",  # its default leaves the temperature out of them
                     # We give the cache's size. The share of the GPU only has to be free.
                     kv_cache_memory_bytes=kv_cache_bytes, gpu_memory_utilization=0.01,
-                    enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu,
-                )
+                    enforce_eager=self.on_cpu, enable_sleep_mode=not self.on_cpu)
             self.take_weights()
             self.sleep()
         except Exception as error:
@@ -1108,8 +1107,7 @@ def plan(
             weights=byte * parameters, optimizer=optimizer * (not offload_optimizer),
             kv_cache_bytes=kv_cache, logits_or_prefill=sampling, engine_weights=engine_weights,
             engine_stays=(engine_weights + kv_cache) * (engine and device == "cpu"),
-            **(of_update if training else {}),
-        )
+            **(of_update if training else {}))
 
     # Work: a token's forward pass is 1 and its backward pass 2; recomputed layers' forward is done twice. A
     # micro-batch's kernel launches and sums into the gradients take as long as about 400 tokens more.
