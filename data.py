@@ -183,17 +183,6 @@ def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) ->
     return list(itertools.filterfalse(is_long, examples))
 
 
-def demonstration_ids(tokenizer, config, example: Example, rng: random.Random) -> list[int]:
-    """Token ids of an answer to imitate, which ends with one end-of-sequence token. A tag that the prompt has
-    opened is not opened again. Raises InputError if the model's embeddings lack a token."""
-    text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", demonstration(example, rng))
-    if example.get("opened"):
-        text = re.sub(rf"^\s*{re.escape(example['opened'])}", "", text)
-    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    refuse_unknown(tokenizer, config, example, "demonstration", ids)
-    return ids
-
-
 def refuse_unknown(tokenizer, config, example: Example, what: str, ids: list[int]) -> None:
     rows, largest = config.get_text_config().vocab_size, max(ids, default=0)
     if largest >= rows or not ids:
@@ -223,23 +212,29 @@ def random_expression(numbers: list[int], operators: str, rng: random.Random) ->
     return text.removeprefix("(").removesuffix(")"), value
 
 
-def demonstration(example: dict, rng: random.Random) -> str:
-    """A completion to imitate in the cold start: the example's own, or a blind attempt at its countdown. An
-    attempt's format and arithmetic are right. GRPO has to teach which expression hits the target. Plus comes
-    twice as often as others: before GRPO it is the greedy answer to all problems, whatever the seed."""
-    if isinstance(example.get("completion"), str):
-        return example["completion"]
-    if "nums" not in example or "target" not in example:
+def demonstration_ids(tokenizer, config, example: Example, rng: random.Random) -> list[int]:
+    """Token ids of an answer for the cold start: the example's completion, or a blind attempt at its
+    countdown. An attempt's form and arithmetic are right; GRPO has to teach which expression hits the target.
+    It ends with one end-of-sequence token. Raises InputError if the model's embeddings lack a token."""
+    text, nums, target = map(example.get, ("completion", "nums", "target"))
+    attempt = lambda text, value: f"{text} = {value}</think>\n<answer>{text}</answer>"
+    if isinstance(text, str):
+        text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", text)
+        if opened := example.get("opened"):  # the prompt has this tag already
+            text = re.sub(rf"^\s*{re.escape(opened)}", "", text)
+    elif nums is None or target is None:
         raise InputError("--cold-start-steps needs text in a `completion` column; add it, or drop the flag")
-    nums, target, compared = example["nums"], example["target"], ""
-    if len(nums) == 2:  # how the target compares with the first number says much about the operator
-        a, b = nums
-        compared = f"{target} {'>' if target > a else '<' if target < a else '='} {a}, "
-        sign = rng.choice("++-*")
-        text, value = f"{a} {sign} {b}", APPLY[sign](a, b)
+    elif len(nums) == 2:
+        # Plus comes twice as often as others: before GRPO it is the greedy answer, whatever the seed. How the
+        # target compares with the first number says much about the operator.
+        (a, b), sign = nums, rng.choice("++-*")
+        compared = ">" if target > a else "<" if target < a else "="
+        text = f"{target} {compared} {a}, " + attempt(f"{a} {sign} {b}", APPLY[sign](a, b))
     else:
-        text, value = random_expression(nums, "+-*/", rng)
-    return f"{compared}{text} = {value}</think>\n<answer>{text}</answer>"
+        text = attempt(*random_expression(nums, "+-*/", rng))
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    refuse_unknown(tokenizer, config, example, "demonstration", ids)
+    return ids
 
 
 def countdown_problems(count: int, seed: int) -> list[Example]:

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import io
 import json
 import os
@@ -90,12 +91,20 @@ def test_a_random_expression_uses_every_number_once_and_has_its_value(numbers, s
     assert eval(exact, {"Fraction": Fraction}) == value
 
 
-def test_demonstrations_are_well_formed_right_and_blind():
+def demonstrated(example, rng):
+    """A demonstration's text without its end."""
+    tokenizer = data.tiny_tokenizer()
+    ids = data.demonstration_ids(tokenizer, data.tiny_config(tokenizer), example, rng)
+    return tokenizer.decode(ids[:-1])
+
+
+def test_demonstrations_are_well_formed_right_and_blind(monkeypatch):
+    monkeypatch.setattr(data, "tiny_tokenizer", functools.cache(data.tiny_tokenizer))
     rng = random.Random(0)
     hits, chosen = 0, {"+": [], "-": [], "*": []}  # by the operator that the target needs
     examples = load("mini-countdown", train_examples=10**6)[0]
     for example in examples:
-        text = data.demonstration(example, rng)
+        text = demonstrated(example, rng)
         line, rest = text.split("</think>\n<answer>")
         comparison, equation = line.split(", ")
         expression, value = equation.split(" = ")
@@ -125,14 +134,14 @@ def test_gsm8k_demonstrations_have_the_tags_of_their_prompt(tmp_path):
                                    ("gsm8k-reasoning", "<reasoning>One more.</reasoning>\n<answer>")):
         example = data.load_task("gsm8k", dataset=str(tmp_path / "g.jsonl"), prompt_format=prompt_format,
                                  train_examples=9, eval_examples=1, seed=0)[0][0]
-        assert data.demonstration(example, random.Random(0)) == f"{opening}{example['answer']}</answer>"
+        assert demonstrated(example, random.Random(0)) == f"{opening}{example['answer']}</answer>"
 
 
 def test_demonstrations_of_other_tasks_are_their_own_completions():
     own = {"completion": "so 4", "prompt": "2+2?", "nums": [2, 2]}
-    assert data.demonstration(own, random.Random(0)) == "so 4"
+    assert demonstrated(own, random.Random(0)) == "so 4"
     with pytest.raises(InputError, match="`completion` column"):
-        data.demonstration({"prompt": "2+2?"}, random.Random(0))
+        demonstrated({"prompt": "2+2?"}, random.Random(0))
 
 
 # ------------------------------------------------------------------------------------------------------------
