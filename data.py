@@ -447,16 +447,6 @@ def tiny_config(tokenizer) -> transformers.Qwen2Config:
     )
 
 
-def tiny_policy(seed: int, dtype: torch.dtype = torch.float32) -> tuple:
-    """The embedded policy (model with random weights, tokenizer), made in memory: nothing to download."""
-    tokenizer = tiny_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # Made in its dtype: a later .to(bfloat16) would round the rotary frequencies too.
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=dtype)
-    return model.eval(), tokenizer
-
-
 @dataclass
 class Policy:
     """The model that learns, with what sampling and saving need beside it."""
@@ -507,12 +497,14 @@ def declared(model: str) -> tuple[dict, list[int]]:
 def load_policy(model: str, config, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0,
                 trust_remote_code: bool = False) -> Policy:
     """The policy with its weights, for what `load_config` gave. Raises InputError if it can't be had."""
-    generation, ends = {}, []
+    generation, ends, auto = {}, [], transformers.AutoModelForCausalLM
     if model == "embedded":
-        loaded = tiny_policy(seed, dtype)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # Made in its dtype: a later .to(bfloat16) would round the rotary frequencies too.
+            loaded = auto.from_config(config, dtype=dtype).eval()
     else:
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        loaded = fetch(f"--model {model}", load, model, config=config, dtype=dtype,
+        loaded = fetch(f"--model {model}", auto.from_pretrained, model, config=config, dtype=dtype,
                        attn_implementation="sdpa", trust_remote_code=trust_remote_code)
         for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()

@@ -49,7 +49,8 @@ def machine() -> str:
 
 
 def tiny_model():
-    return data.tiny_policy(seed=0)[0].to(DEVICE).eval()
+    embedded = data.load_config("embedded")
+    return data.load_policy("embedded", *embedded, dtype=torch.float32, device=DEVICE).model
 
 
 def large_model(folder: Path | None, dtype: torch.dtype):

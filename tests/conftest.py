@@ -16,11 +16,18 @@ import torch
 import data
 
 
+def tiny_policy(seed):
+    """The embedded policy's model and tokenizer."""
+    embedded = data.load_config("embedded")
+    policy = data.load_policy("embedded", *embedded, dtype=torch.float32, device="cpu", seed=seed)
+    return policy.model, policy.tokenizer
+
+
 @pytest.fixture(scope="session")
 def qwen2_folder(tmp_path_factory):
     """A Qwen2 of random weights with its tokenizer, saved as a user would have it on disk."""
     folder = tmp_path_factory.mktemp("qwen2")
-    model, tokenizer = data.tiny_policy(seed=1)
+    model, tokenizer = tiny_policy(seed=1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from conftest import tiny_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -315,7 +316,7 @@ def test_a_bad_countdown_row_is_refused(tmp_path, row, told):
 
 
 def test_the_embedded_policy_is_a_small_qwen2_that_a_seed_repeats():
-    a, b, c = (data.tiny_policy(seed)[0] for seed in (0, 0, 1))
+    a, b, c = (tiny_policy(seed)[0] for seed in (0, 0, 1))
     assert isinstance(a, transformers.Qwen2ForCausalLM)
     assert 0.5e6 < sum(p.numel() for p in a.parameters()) < 1.5e6
     assert all((x == y).all() for x, y in zip(a.parameters(), b.parameters()))
@@ -347,7 +348,7 @@ def test_a_model_that_cant_be_had_is_refused(tmp_path, qwen2_folder):
 
 def test_a_kill_at_any_step_of_replacing_best_leaves_the_old_or_the_new_one(tmp_path, monkeypatch):
     """A step is a renaming or a deletion, which is killed halfway; after a kill nothing else is done."""
-    policy = data.Policy(*data.tiny_policy(seed=0), stops=[], pad_token_id=0)
+    policy = data.Policy(*tiny_policy(seed=0), stops=[], pad_token_id=0)
     config = policy.model.config
     data.save_best(policy, tmp_path, {"step": 0, "accuracy": 0.0})
     steps_done, found = [], set()

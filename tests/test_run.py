@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import tiny_policy
 
 import data
 import grpo_scratch as g
@@ -189,7 +190,7 @@ def test_pass_at_k_draws_from_its_own_random_numbers(tmp_path):
 
 
 def test_a_model_without_a_chat_template_is_warned_about(tmp_path, capsys):
-    model, tokenizer = data.tiny_policy(0)
+    model, tokenizer = tiny_policy(0)
     tokenizer.chat_template = None
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_policy
 
 import data
 import grpo_scratch as g
@@ -74,7 +75,7 @@ def move_every_weight(model, seed=0):
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def engine(request):
     """A sampler and the policy that it samples from, made once."""
-    model, _ = data.tiny_policy(seed=1)
+    model, _ = tiny_policy(seed=1)
     if request.param == "untied":
         model.config.tie_word_embeddings = False
         with torch.random.fork_rng([]):
@@ -170,7 +171,7 @@ def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(sampler, monke
 def test_a_missing_vllm_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match="pip install vllm"):
-        new_sampler(data.tiny_policy(seed=1)[0])
+        new_sampler(tiny_policy(seed=1)[0])
 
 
 @pytest.mark.parametrize("changed", ["its settings", "its methods"])
@@ -183,21 +184,21 @@ def test_a_vllm_that_has_changed_is_refused_with_what_to_install(monkeypatch, ch
     fake = SimpleNamespace(__version__="9.9", LLM=new_engine, SamplingParams=dict)
     monkeypatch.setitem(sys.modules, "vllm", fake)
     with pytest.raises(ValueError, match="vLLM can't sample here .*pip install vllm==") as caught:
-        new_sampler(data.tiny_policy(seed=1)[0])
+        new_sampler(tiny_policy(seed=1)[0])
     assert "\n" not in str(caught.value)
 
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(memory, "my_rank", lambda: (0, 2))
     with pytest.raises(ValueError, match="without torchrun"):
-        new_sampler(data.tiny_policy(seed=1)[0])
+        new_sampler(tiny_policy(seed=1)[0])
 
 
 @pytest.fixture(scope="module")
 def served_policy(tmp_path_factory):
     """A policy that has moved away from `tiny_policy(seed=1)`, on disk."""
     folder = tmp_path_factory.mktemp("reference")
-    model, tokenizer = data.tiny_policy(seed=1)
+    model, tokenizer = tiny_policy(seed=1)
     torch.manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -260,7 +261,7 @@ def sequences():
 def test_a_servers_log_probabilities_are_the_reference_models_token_by_token(server, monkeypatch):
     monkeypatch.setenv("GRPO_REFERENCE_TOKEN", "hush")
     reference = connect(server)
-    policy, _ = data.tiny_policy(seed=1)
+    policy, _ = tiny_policy(seed=1)
     lessons = sequences()
     for x, theirs in zip(lessons, reference(lessons), strict=True):
         assert theirs.dtype == torch.float32
