@@ -661,13 +661,6 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
                 shutil.rmtree(old.rename(folder / ".checkpoint.old"))
 
 
-def save_final(policy: Policy, folder: Path) -> None:
-    """Write the run's `final/`. Raises InputError if that fails."""
-    if not save_folder(policy, folder / "final"):
-        advice = f"make room, then --resume {folder}" if checkpoints(folder) else "nothing could be saved"
-        raise InputError(f"{folder / 'final'} can't be written; {advice}")
-
-
 def save_best(policy: Policy, folder: Path, evaluation: dict) -> None:
     """Write `best/` if this evaluation beats that of the model there: by accuracy, then by held-out reward.
     A tie keeps the earlier one. A failure only warns."""

@@ -973,7 +973,10 @@ def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by,
     """The end of a run: the final model, its evaluation, the picture and the summary, which is returned."""
     after, done = {}, stopped_by is None
     if done:
-        data.save_final(run.policy, run.folder)  # before the evaluation: what was trained is on disk first
+        if not data.save_folder(run.policy, run.folder / "final"):  # before the evaluation, which may fail
+            saved = data.checkpoints(run.folder)
+            advice = f"make room, then --resume {run.folder}" if saved else "nothing could be saved"
+            raise InputError(f"{run.folder / 'final'} can't be written; {advice}")
         after = evaluate(run)
         dashboard.log(after, prefix="held-out/")
         data.save_best(run.policy, run.folder, after)

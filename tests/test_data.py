@@ -801,7 +801,8 @@ def test_an_end_token_comes_from_the_tokenizer_or_the_generation_config(tmp_path
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<stop>", 256)
     policy = data.load_policy(str(tmp_path), config, tokenizer, dtype=torch.float32, device="cpu")
     assert policy.stops == [256] and 0 <= policy.pad_token_id < 257
-    data.save_final(policy, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    data.save_folder(policy, tmp_path / "run" / "final")
     _, again = data.load_config(str(tmp_path / "run" / "final"))
     assert again.eos_token == "<stop>"
 
@@ -860,7 +861,7 @@ def test_every_saved_folder_ends_answers_as_the_run_and_loses_nothing(qwen2_fold
         policy = data.load_policy(folder, config, tokenizer, dtype=torch.float32, device="cpu")
         assert policy.stops == policy.model.generation_config.eos_token_id == [290, 291, 292]
         data.save_checkpoint(policy, {"step": 1, "config": {}, "limits": {}}, run, keep=1)
-        data.save_final(policy, run)
+        data.save_folder(policy, run / "final")
         data.save_best(policy, run, {"step": 1, "accuracy": 0.5})
         for name in ("checkpoint-1", "final", "best"):
             saved = json.loads((run / name / "generation_config.json").read_text())
@@ -918,9 +919,8 @@ def test_a_checkpoint_is_removed_only_after_a_newer_one_is_whole(policy, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
         data.save_checkpoint(policy, state(3), tmp_path, keep=1)
-        with pytest.raises(InputError, match=f"final can't be written; make room, then --resume {tmp_path}"):
-            patch.setattr(type(policy.model), "save_pretrained", torch.save)
-            data.save_final(policy, tmp_path)
+        patch.setattr(type(policy.model), "save_pretrained", torch.save)
+        assert not data.save_folder(policy, tmp_path / "final")
     assert [c.name for c in data.checkpoints(tmp_path)] == ["checkpoint-2"]
     assert "checkpoint-3 could not be saved (disk full)" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
@@ -959,7 +959,7 @@ def test_saving_needs_nothing_that_windows_lacks(policy, tmp_path, monkeypatch):
     for step in (1, 2, 3):
         data.save_checkpoint(policy, {"step": step, "config": {}, "limits": {}}, tmp_path, keep=2)
         data.save_best(policy, tmp_path, {"step": step, "accuracy": step / 10})
-        data.save_final(policy, tmp_path)
+        data.save_folder(policy, tmp_path / "final")
         data.append_lines(tmp_path / "metrics.jsonl", [{"step": step}])
     assert data.open_folder(tmp_path, {}, step=2) == [{"step": 1}, {"step": 2}]
     assert {path.name for path in synced} >= {
