@@ -245,14 +245,8 @@ def countdown_problems(count: int, seed: int) -> list[Example]:
         nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
         value = random_expression(nums, "+-*/", rng)[1]
         if value.denominator == 1 and 10 <= value <= 99:
-            problem = Example(nums=nums, target=int(value))
-            problems.setdefault(countdown_key(problem), problem)
+            problems.setdefault((*sorted(nums), value), Example(nums=nums, target=int(value)))
     return list(problems.values())
-
-
-def countdown_key(problem: dict) -> tuple:
-    """It is equal for two problems that differ at most in the order of their numbers."""
-    return tuple(sorted(problem["nums"])), problem["target"]
 
 
 def mini_countdown_split(eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -280,9 +274,7 @@ def load_task(task: str, *, dataset: str | None = None, prompt_format: str | Non
     `dataset` (a hub id, a local folder or a file) replaces the task's own source. `seed` chooses and orders
     at most `train_examples` and exactly `eval_examples`, from the `test` split if there is one."""
     source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
-    if task == "mini-countdown":
-        if dataset:
-            raise InputError("--dataset has no use with --task mini-countdown, which makes its own; drop it")
+    if task == "mini-countdown" and dataset is None:
         train, heldout = mini_countdown_split(eval_examples, seed)
     elif task == "countdown" and dataset is None:
         problems = countdown_problems(train_examples + eval_examples, seed)
@@ -290,7 +282,7 @@ def load_task(task: str, *, dataset: str | None = None, prompt_format: str | Non
     elif task in ("countdown", "gsm8k") or Path(task).suffix.lower() in FILE_TYPES:
         train, heldout = read_dataset(source, task, eval_examples, seed)
     else:
-        raise InputError(f"--task {task}: not a task; use countdown, gsm8k, mini-countdown, or a "
+        raise InputError(f"--task {task}: not a task; use countdown, gsm8k, mini-countdown (no --dataset), a "
                          f"{', '.join(FILE_TYPES)} file with a `prompt` column")
     prompt_format = prompt_format or task
     for example in train + heldout if prompt_format in PROMPTS else []:
@@ -299,12 +291,12 @@ def load_task(task: str, *, dataset: str | None = None, prompt_format: str | Non
             tag = "reasoning" if prompt_format == "gsm8k-reasoning" else "think"
             answer = f"<answer>{example['answer']}</answer>"
             example["completion"] = f"<{tag}>{example['reasoning']}</{tag}>\n{answer}"
-    key = countdown_key if task == "countdown" else lambda e: json.dumps(e["prompt"], default=str)
+    problem = lambda e: [sorted(e["nums"]), e["target"]]  # the order of numbers makes no other
+    key = lambda e: json.dumps(problem(e) if task == "countdown" else e["prompt"], default=str)
     held, known = {key(example) for example in heldout}, {key(example) for example in train}
     if known <= held:
-        prompts = "the same prompt" if len(known) == 1 else f"{len(known)} different prompts"
-        raise InputError(f"{source}: nothing is left to train on. All {len(train)} rows have {prompts}, held "
-                         "out for evaluation; bring rows with other prompts, or lower --eval-examples")
+        raise InputError(f"{source}: nothing is left to train on. Its {len(train)} rows have {len(known)} "
+                         "different prompt(s), all held out; bring other rows, or lower --eval-examples")
     train = [example for example in train if key(example) not in held]
     random.Random(seed).shuffle(train)
     return train[:train_examples], heldout
