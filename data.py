@@ -375,11 +375,12 @@ def make_example(row: dict, task: str, where: str) -> Example:
     """The example made of one row. Raises InputError, with the row's place, if it can't be used."""
     if not isinstance(row, dict):
         raise InputError(f'{where}: {row!r:.80} is not a JSON object, like {{"prompt": "2 + 2?"}}')
-    messages_as_text = r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:"
+    as_text = r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:"  # messages as a csv would have them
     is_message = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
     built_in = {"countdown": "nums must be a list of at least two whole numbers and target a whole number",
                 "gsm8k": "question and answer must be text, the answer with its number after ####"}
-    needed = built_in.get(task, 'prompt must be text or a list of {"role", "content"} messages')
+    needed = built_in.get(task, 'prompt must be text or a list of {"role", "content"} messages, not messages '
+                          "written as text: keep those in a jsonl file")
     example = None
     match task if task in built_in else "prompt", row:
         case "countdown", {"nums": [_, _, *_] as nums, "target": x} if {int} == {*map(type, [*nums, x])}:
@@ -387,9 +388,7 @@ def make_example(row: dict, task: str, where: str) -> Example:
         case "gsm8k", {"question": str() as question, "answer": str() as answer} if "####" in answer:
             reasoning, _, answer = map(str.strip, answer.rpartition("####"))
             example = Example(question=question, answer=answer.replace(",", ""), reasoning=reasoning)
-        case "prompt", {"prompt": str() as prompt} if re.match(messages_as_text, prompt):
-            needed += ", not messages written as text: keep those in a jsonl file"
-        case "prompt", {"prompt": str() as prompt} if prompt:
+        case "prompt", {"prompt": str() as prompt} if prompt and not re.match(as_text, prompt):
             example = Example(row)
         case "prompt", {"prompt": [_, *_] as messages} if all(map(is_message, messages)):
             example = Example(row)
