@@ -500,13 +500,12 @@ def load_policy(model: str, config, tokenizer, *, dtype: torch.dtype, device: st
         for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()
         generation, ends = declared(model)
-    rows = loaded.config.get_text_config().vocab_size
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows, end = config.get_text_config().vocab_size, tokenizer.eos_token_id
     stops = sorted({i for i in [end, *ends] if i < rows})
     # transformers refuses to save some of the generation configs that models come with (a temperature without
     # do_sample). So its own keeps the stops alone, and save_folder writes the rest.
     loaded.generation_config = transformers.GenerationConfig(eos_token_id=stops)
-    pad = pad if pad is not None and pad < rows else end  # any token will do: padding is masked
+    pad = next(i for i in (tokenizer.pad_token_id, end) if i is not None and i < rows)  # padding is masked
     return Policy(loaded.to(device), tokenizer, stops, pad, generation)
 
 
