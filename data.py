@@ -722,21 +722,20 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
     from matplotlib.figure import Figure  # draws without a display
 
     rewards = [name for name in metrics[0] if name.partition("/")[0] == "reward"]  # the sum, then its parts
-    panels = {"reward": (rewards, ["reward"]), "accuracy": (["accuracy"], ["accuracy", "sampled_accuracy"]),
-              "completion length (tokens)": (["completion_length"], []),
-              "entropy (nats a token)": (["entropy"], [])}  # title: names in training, names held out
+    panels = {"reward": rewards, "accuracy": ["accuracy"],
+              "completion length (tokens)": ["completion_length"], "entropy (nats a token)": ["entropy"]}
     column = lambda name, records: [math.nan if (x := r.get(name)) is None else x for r in records]
     figure, window = Figure(figsize=(10, 6.5), layout="constrained"), max(1, len(metrics) // 20)
-    for axis, (title, (names, heldout)) in zip(figure.subplots(2, 2).flat, panels.items()):
+    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels.items()):
         for i, name in enumerate(names):
             steps, values = column("step", metrics), torch.tensor(column(name, metrics))
             means = [values[max(0, j - window) : j].nanmean() for j in range(1, len(values) + 1)]
             axis.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=1)
             axis.plot(steps, means, color=f"C{i}", linewidth=2, label=name.removeprefix("reward/"))
-        for name, marks in zip(heldout, ("ko-", "k^--")):
+        for name, marks, how in ((title, "ko-", "greedy"), (f"sampled_{title}", "k^--", "sampled")):
             if measured := [e for e in evaluations if e.get(name) is not None]:
                 axis.plot(column("step", measured), column(name, measured), marks, markersize=5, linewidth=1,
-                          label=f"held-out, {'sampled' if 'sampled' in name else 'greedy'}")
+                          label=f"held-out, {how}")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
@@ -746,13 +745,10 @@ def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> Non
         beside.replace(path)
 
 
-SERVICES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
-
 def import_service(service: str):
     """The module of an optional package that --report-to names. Raises InputError if it is missing."""
     try:
-        return importlib.import_module(SERVICES[service])
+        return importlib.import_module("torch.utils.tensorboard" if service == "tensorboard" else service)
     except ImportError as error:
         raise InputError(f"--report-to {service}: {error}; pip install {service}, or drop it") from error
 
