@@ -859,9 +859,6 @@ def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
         "no group's rewards have had spread for 20 steps, so nothing is learned; easier examples, a larger "
         "--group-size, a higher --temperature or a reward with more steps usually helps":
             (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
-        "the entropy is nearly 0: all answers to a prompt are the same; start again with a lower "
-        "--learning-rate, a --beta above 0 or a higher --temperature":
-            (20, lambda m: m["entropy"] is not None and m["entropy"] < 1e-3 and not is_cut(m)),
         "scoring takes more than a fifth of each step; a reward for all answers at once can use processes":
             (3, lambda m: m.get("scoring_seconds", 0) > m["seconds"] / 5),
     }
