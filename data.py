@@ -165,9 +165,8 @@ def apply_template(tokenizer, messages: list[dict]) -> str:
 
 
 def tokenize(tokenizer, config, examples: list[Example], max_new_tokens: int) -> list[Example]:
-    """Put `prompt_ids` and `opened`, the tag that the prompt leaves open ("": none), into each example.
-    Returns those that fit the model's context with `max_new_tokens`, and warns once of the others. Raises
-    InputError if none fits, or if the model's embeddings lack a token."""
+    """Put `prompt_ids` and `opened`, the tag that its prompt leaves open, into each example. Returns those
+    that fit the context, and warns once of others. Raises InputError if none fits or a token is unknown."""
     for example in examples:
         example["prompt_ids"], example["opened"] = encode(tokenizer, example["prompt"])
         refuse_unknown(tokenizer, config, example, "prompt", example["prompt_ids"])
@@ -270,9 +269,9 @@ FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")  # in any case
 def load_task(task: str, *, dataset: str | None = None, prompt_format: str | None = None, train_examples: int,
               eval_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples of a task. No prompt is in both. Raises InputError if they can't be had.
-    `task` is mini-countdown, countdown, gsm8k, or a jsonl, json, csv or parquet file with a `prompt` column.
-    `dataset` (a hub id, a local folder or a file) replaces the task's own source. `seed` chooses and orders
-    at most `train_examples` and exactly `eval_examples`, from the `test` split if there is one."""
+    `task` is mini-countdown, countdown, gsm8k, or a file with a `prompt` column. `dataset` (hub id, folder or
+    file) replaces its source. `seed` chooses and orders at most `train_examples`, and exactly
+    `eval_examples` of the `test` split, if there is one."""
     source = dataset or ("openai/gsm8k" if task == "gsm8k" else task)
     if task == "mini-countdown" and dataset is None:
         train, heldout = mini_countdown_split(eval_examples, seed)
@@ -593,9 +592,8 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 
 def save_folder(policy: Policy, folder: Path, state: dict | None = None, evaluation: dict | None = None):
-    """Write a Hugging Face folder, which `from_pretrained` and vLLM open, with a checkpoint's `state` or the
-    `evaluation` that made it the best. A failure only warns; returns whether it worked. The folder is written
-    beside, synced and renamed, so it appears whole or not at all. One that it replaces is renamed first."""
+    """Write a Hugging Face folder, with a checkpoint's `state` or the `evaluation` that made it the best. It
+    is written beside, synced and renamed, so it is whole or absent. A failure warns, and returns False."""
     if not first_rank():
         return True
     run, beside = folder.parent, folder.parent / ".partial"
@@ -827,12 +825,10 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
         warn(f"step {record['step']}: a number is not finite; that update changed no weight")
 
 
-MEASURES = {"accuracy": "held-out accuracy", "reward": "held-out reward",
-            "sampled_accuracy": "accuracy of {} samples", "pass_at_k": "pass@{}"}
-
-
 def evaluation_in_words(evaluation: dict, samples: int) -> str:
-    return ", ".join(f"{words.format(samples)} {evaluation[name]:.3f}" for name, words in MEASURES.items()
+    words = {"accuracy": "held-out accuracy", "reward": "held-out reward",
+             "sampled_accuracy": f"accuracy of {samples} samples", "pass_at_k": f"pass@{samples}"}
+    return ", ".join(f"{told} {evaluation[name]:.3f}" for name, told in words.items()
                      if evaluation.get(name) is not None)
 
 
