@@ -691,12 +691,10 @@ def settings_of_run(model: str) -> dict:
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
     """The checkpoint that --resume means; `latest` is the newest of the run `name`, or of all. InputError if
     there is none; but `latest` of a named run is None then: the command that resumes it also starts it."""
-    place = Path(resume)
-    if resume == "latest":
-        runs = [Path(output_dir, name)] if name else Path(output_dir).glob("*")
-        found = [c for run in runs for c in checkpoints(run)[-1:]]
-    else:
-        found = [place] if (place / STATE).is_file() else checkpoints(place)[-1:]
+    runs = [Path(output_dir, name)] if name else Path(output_dir).glob("*")
+    if resume != "latest":
+        runs = [Path(resume)]
+    found = [c for run in runs for c in ([run] if (run / STATE).is_file() else checkpoints(run)[-1:])]
     if not found and not (resume == "latest" and name):
         raise InputError(f"--resume {resume}: no whole checkpoint there; give a checkpoint-N folder, the "
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
