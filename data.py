@@ -676,18 +676,6 @@ def load_state(checkpoint: Path) -> dict:
     return state
 
 
-def settings_of_run(model: str) -> dict:
-    """Task, prompts and rewards of the run in whose folder a model's folder lies; {} if it lies in none."""
-    path = Path(model).absolute().parent / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not the settings of a run ({error}); give --recipe") from error
-    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens", "temperature",
-             "eval_examples") if isinstance(saved, dict) and "recipe" in saved else ()  # or another program's
-    return {name: saved[name] for name in names if name in saved}
-
-
 def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Path | None:
     """The checkpoint that --resume means; `latest` is the newest of the run `name`, or of all. InputError if
     there is none; but `latest` of a named run is None then: the command that resumes it also starts it."""

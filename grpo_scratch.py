@@ -1103,6 +1103,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def settings_of_run(model: str) -> dict:
+    """Task, prompts and rewards of the run in whose folder a model's folder lies; {} if it lies in none."""
+    path = Path(model).absolute().parent / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not the settings of a run ({error}); give --recipe") from error
+    names = ("recipe", "seed", "task", "dataset", "prompt_format", "reward", "max_new_tokens", "temperature",
+             "eval_examples") if isinstance(saved, dict) and "recipe" in saved else ()  # or another program's
+    return {name: saved[name] for name in names if name in saved}
+
+
 def parse_command_line(arguments: list[str] | None = None) -> Config:
     """The Config that a command line asks for. Defaults come from a recipe, or from an existing run."""
     parser, settings, taken = make_parser(), fields(Config), {}
@@ -1125,7 +1137,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         taken = {f.name: saved[f.name] for f in settings if f.name in saved and f.name not in own}
         taken |= {"max_rows": None, "micro_batch_tokens": None}
     elif not given.keys().isdisjoint(modes) and "recipe" not in given and "resume" not in given:
-        taken = data.settings_of_run(given.get("model", ""))
+        taken = settings_of_run(given.get("model", ""))
     code = [x for x in taken.get("reward", []) if rewards.is_code(x)]
     if code and "reward" not in given and not given.get("plan_only"):
         told = f"the run's reward is code, {' '.join(code)}; if you trust it, give it again with --reward"

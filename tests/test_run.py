@@ -1154,7 +1154,7 @@ def test_a_model_is_evaluated_on_the_task_of_its_run_unless_a_recipe_is_given(tm
     assert (config.task, config.seed, config.eval_examples) == ("gsm8k", 0, 128)
     # A folder beside another program's config.json is no run's.
     (tmp_path / "run" / "config.json").write_text('{"model_type": "qwen2"}')
-    assert data.settings_of_run(final) == {}
+    assert g.settings_of_run(final) == {}
 
 
 @pytest.mark.parametrize("content", ['{"task": "countd', "\xff"])
