@@ -139,10 +139,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, std: str = "population", e
 
 
 def token_weights(lengths: Tensor, aggregation: str = "token", max_new_tokens: int | None = None) -> Tensor:
-    """The weight of each token of each answer in the loss: lengths[E] in tokens -> weights[E].
+    """Each token's weight in the loss: lengths[E] -> weights[E]. Raises ValueError for other aggregations.
     "token" (DAPO, arXiv 2503.14476, eq. 8): 1 / all tokens of the batch. "sequence" (GRPO, arXiv 2402.03300,
-    eq. 3): 1 / (its answer's length x E). "constant" (Dr. GRPO, arXiv 2503.20783): 1 / (E x max_new_tokens).
-    Raises ValueError for another aggregation."""
+    eq. 3): 1 / (its answer's length x E). "constant" (Dr. GRPO, 2503.20783): 1 / (E x max_new_tokens)."""
     lengths = lengths.float()
     if aggregation == "token":
         return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
@@ -684,8 +683,7 @@ class Run:
     rewards: dict[str, tuple[Callable, float]] = field(default_factory=dict)  # name: (function, weight)
     longest: int = 0  # tokens of the longest prompt and its answer
     policy: data.Policy | None = None
-    # As memory.sample: (prompts, ...) -> Completions. One without entropies is another engine's, whose
-    # log-probabilities differ: compare_with_sampler fills in entropies and the importance of each token.
+    # As memory.sample: prompts -> Completions; without entropies if another engine's: compare_with_sampler.
     sampler: Callable | None = None
     reference: Callable | None = None  # sequences -> log-probabilities of their tokens that count
     limits: memory.Limits = field(default_factory=lambda: memory.Limits(1, 1, 0, 0))
@@ -756,8 +754,7 @@ class Run:
         self.generator.set_state(self.random_state)
 
     def save(self) -> None:
-        # While numbers go wrong, no checkpoint from before that is removed.
-        keep = 0 if self.bad_steps else self.config.keep_checkpoints
+        keep = 0 if self.bad_steps else self.config.keep_checkpoints  # none goes while numbers go wrong
         data.save_checkpoint(self.policy, self.state_dict(), self.folder, keep)
 
 
@@ -998,9 +995,8 @@ def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by,
 
 
 def train(config: Config) -> dict:
-    """One run, start to end. Returns its summary, which is also written to summary.json. Its `stopped_by` (a
-    signal's number, or "bad steps") tells that the run was ended early, with a checkpoint. Raises InputError,
-    rewards.RewardError, memory.DoesNotFit or NoReference, each with a message for the user."""
+    """One run. Returns what summary.json holds; `stopped_by`, a signal's number or "bad steps", tells that it
+    ended early, with a checkpoint. Raises InputError, RewardError, DoesNotFit or NoReference, for the user."""
     started, settings = time.monotonic(), config.settings()
     transformers.utils.logging.disable_progress_bar()  # the bars are ours
     run = open_run(config)

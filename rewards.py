@@ -10,7 +10,6 @@ purpose: partial credit for answers that are nearly right.
 
 import ast
 import asyncio
-import difflib
 import functools
 import importlib.machinery
 import inspect
@@ -30,9 +29,8 @@ OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.UA
 
 
 def countdown_format(completion: str, example: dict) -> float:
-    r"""1.0 for `<think>…</think>\n<answer>…</answer>` and nothing around it. Else a pair of think tags is
-    worth 0.1, and a pair of answer tags 0.5. Without `example["opened"]` the text begins with `<think>`.
-    Source: GRPO-Zero and Improved-GRPO."""
+    r"""1.0 for `<think>…</think>\n<answer>…</answer>` and nothing around it, else 0.1 for think tags, 0.5 for
+    answer tags. Without `example["opened"]` it begins with `<think>`. Source: GRPO-Zero, Improved-GRPO."""
     text = example.get("opened", "<think>") + completion
     if text.startswith("<think>") and text.partition("</think>\n<answer>")[2].endswith("</answer>"):
         return 1.0
@@ -257,10 +255,9 @@ def load_rewards(specs: list[str], warn: Callable[[str], None] = print) -> dict[
         match = SPEC.fullmatch(spec)
         source, function, weight = match.groups() if match else (spec, None, None)
         if (source in REWARDS) == bool(function):
-            nearest = [f" (did you mean {x!r}?)" for x in difflib.get_close_matches(source, REWARDS, 1)]
-            raise RewardError(f"{spec!r} is no reward{''.join(nearest)}; type {', '.join(REWARDS)}, or give "
-                              "yours as path/to/file.py:function or package.module:function; a weight is a "
-                              "finite number behind it, like countdown_format:0.5")
+            raise RewardError(f"{spec!r} is no reward; type one of {', '.join(REWARDS)}, or give yours as "
+                              "path/to/file.py:function or package.module:function; a weight is a finite "
+                              "number behind it, like countdown_format:0.5")
         name, reward = _load(source, function, warn) if function else (source, REWARDS[source])
         if name in rewards and rewards[name][0] is not reward:  # two files of one name
             name = f"{Path(source).resolve().with_suffix('')}.{function}"

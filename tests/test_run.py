@@ -213,7 +213,7 @@ def test_cold_start_teaches_the_demonstrations(tmp_path):
 BAD = {
     "unknown recipe": (["--recipe", "nano"], "use auto or one of tiny, improved"),
     "unknown task": (["--task", "sudoku"], "use countdown, gsm8k"),
-    "unknown reward": (["--reward", "countdown_equatoin"], "did you mean 'countdown_equation'?"),
+    "unknown reward": (["--reward", "countdown_equatoin"], "'countdown_equatoin' is no reward; type one of"),
     "unknown dtype": (["--dtype", "float16"], "invalid choice"),
     "unknown flag": (["--group-sise", "8"], "unrecognized arguments: --group-sise 8; see"),
     "no number": (["--steps", "many"], "invalid int value: 'many'"),
