@@ -996,7 +996,7 @@ def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by,
 
 def train(config: Config) -> dict:
     """One run. Returns what summary.json holds; `stopped_by`, a signal's number or "bad steps", tells that it
-    ended early, with a checkpoint. Raises InputError, RewardError, DoesNotFit or NoReference, for the user."""
+    ended early, with a checkpoint. Raises InputError, RewardError, DoesNotFit or NoReference."""
     started, settings = time.monotonic(), config.settings()
     transformers.utils.logging.disable_progress_bar()  # the bars are ours
     run = open_run(config)
