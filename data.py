@@ -645,8 +645,7 @@ def save_checkpoint(policy: Policy, state: dict, folder: Path, keep: int) -> Non
     if first_rank() and not checkpoint.exists() and save_folder(policy, checkpoint, state=state):
         for old in checkpoints(folder)[:-keep] if keep else []:
             with only_warned(f"{old.name} could not be removed", OSError):
-                # Half a checkpoint must not pass for a whole one.
-                shutil.rmtree(old.rename(folder / ".checkpoint.old"))
+                shutil.rmtree(old.rename(folder / ".checkpoint.old"))  # half of it must not look whole
 
 
 def save_best(policy: Policy, folder: Path, evaluation: dict) -> None:
@@ -688,14 +687,6 @@ def find_checkpoint(resume: str, output_dir: str, name: str | None = None) -> Pa
                          f"folder of a run that has one, or `latest` for the newest below {output_dir}")
     newest = max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
     return newest and Path(os.path.abspath(newest))  # the parent is the run's folder, even of `.`
-
-
-def sample_records(step: int, episodes: list, groups: int = 2) -> list[dict]:
-    """What samples.jsonl keeps of a step: the first `groups` prompts with all their completions."""
-    hidden = ("prompt_ids", "opened")
-    return [{"step": step, "example": {k: v for k, v in e.example.items() if k not in hidden},
-             "completion": e.text, "reward": e.reward, "parts": e.parts, "advantage": e.advantage,
-             "finished": e.completion.finished} for e in episodes if e.group < groups]
 
 
 def draw_curves(metrics: list[dict], evaluations: list[dict], path: Path) -> None:
@@ -774,7 +765,6 @@ class Dashboard:
 
 # ---- What a person sees ------------------------------------------------------------------------------------
 
-
 def say(message: str = "", file=None, from_all: bool = False) -> None:
     """Print a line past the bars, on the first rank or `from_all`. A closed pipe ends no run."""
     file = file or sys.stdout
@@ -814,8 +804,7 @@ def show_step(bar: tqdm, record: dict, steps: int) -> None:
 def evaluation_in_words(evaluation: dict, samples: int) -> str:
     words = {"accuracy": "held-out accuracy", "reward": "held-out reward",
              "sampled_accuracy": f"accuracy of {samples} samples", "pass_at_k": f"pass@{samples}"}
-    return ", ".join(f"{told} {evaluation[name]:.3f}" for name, told in words.items()
-                     if evaluation.get(name) is not None)
+    return ", ".join(f"{told} {x:.3f}" for k, told in words.items() if (x := evaluation.get(k)) is not None)
 
 
 def report(summary: dict, samples: int, folder: Path) -> str:
@@ -823,28 +812,7 @@ def report(summary: dict, samples: int, folder: Path) -> str:
     (first, *_, last), best = summary["evaluations"], summary["best"]
     told = f"best/ (held-out accuracy {best['accuracy']:.3f}, step {best['step']})"
     names = ["curves.png", "samples.jsonl", "final/"] + [told] * (best["accuracy"] >= 0)
-    return "\n".join([
-        f"before GRPO: {evaluation_in_words(first, samples)}",
-        f"after GRPO:  {evaluation_in_words(last, samples)}",
-        f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:",
-        *(f"  {folder}/{name}" for name in names)])
-
-
-def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
-    """Warn once of each way in which a run stops learning, with what usually helps."""
-    is_cut = lambda m: m["truncated_fraction"] == 1
-    is_dropped = lambda m: "every answer truncated" in (m.get("skipped") or "")
-    longer = "a longer --max-new-tokens, or --cold-start-steps to teach an answer's form, usually helps"
-    troubles = {  # message: what each of so many last steps shows
-        f"every answer is cut and left out for 3 steps; --skip-truncated false, {longer}": (3, is_dropped),
-        f"every answer is cut for 20 steps; {longer}": (20, lambda m: is_cut(m) and not is_dropped(m)),
-        "no group's rewards have had spread for 20 steps, so nothing is learned; easier examples, a larger "
-        "--group-size, a higher --temperature or a reward with more steps usually helps":
-            (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
-        "scoring takes more than a fifth of each step; a reward for all answers at once can use processes":
-            (3, lambda m: m.get("scoring_seconds", 0) > m["seconds"] / 5),
-    }
-    for message, (steps, shows) in troubles.items():
-        if message not in warned and len(metrics) >= steps and all(map(shows, metrics[-steps:])):
-            warned.add(message)
-            warn(message)
+    return "\n".join([f"before GRPO: {evaluation_in_words(first, samples)}",
+                      f"after GRPO:  {evaluation_in_words(last, samples)}",
+                      f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:",
+                      *(f"  {folder}/{name}" for name in names)])

@@ -372,6 +372,14 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
         "peak_memory_bytes": memory.peak_memory(run.device)}
 
 
+def sample_records(step: int, episodes: list[Episode], groups: int = 2) -> list[dict]:
+    """What samples.jsonl keeps of a step: the first `groups` prompts with all their completions."""
+    kept = lambda example: {k: x for k, x in example.items() if k not in ("prompt_ids", "opened")}
+    return [{"step": step, "example": kept(e.example), "completion": e.text, "reward": e.reward,
+             "parts": e.parts, "advantage": e.advantage, "finished": e.completion.finished}
+            for e in episodes if e.group < groups]
+
+
 # ---- Rollouts, evaluation, cold start ----------------------------------------------------------------------
 
 def rollout(run: "Run", examples: list[dict], *, group_size: int, temperature: float,
@@ -626,8 +634,7 @@ RECIPES: dict[str, dict] = {
     "tiny": {"model": "embedded", "task": "mini-countdown", "steps": 200, "max_new_tokens": 24,
              "eval_examples": 120, "learning_rate": 5e-4, "lr_schedule": "linear", "micro_batch_tokens": 2048,
              "cold_start_steps": 400, "cold_start_lr": 3e-3, "cold_start_batch": 32},
-    # improved has the default's learning rate: with the source's, 1e-5, a real model falls apart, see
-    # tests/README.md. Its clip_high is for those who ask for more updates of a batch.
+    # The source's rate, 1e-5, breaks a real model: tests/README.md. clip_high is for more updates of a batch.
     "improved": {"temperature": 0.5, "skip_truncated": True, "beta": 0.01, "reference_every": 10,
                  "clip_high": 0.3, "top_entropy": 0.2},
     "nano-aha": {"model": "Qwen/Qwen2.5-3B", "prompts_per_step": 16, "group_size": 4, "advantage_eps": 1e-4,
@@ -813,8 +820,7 @@ def told_as_input(what: str, kinds: tuple = (ValueError,)) -> Iterator[None]:
 
 
 def read_inputs(run: Run, model: str) -> tuple:
-    """Read data and rewards into the run. Returns the model's config and its tokenizer. Refuses
-    bad input now: it tries each reward on one answer, and reads all demonstrations and gold answers."""
+    """Read data and rewards into the run, and refuse bad ones. Returns the model's config and tokenizer."""
     config = run.config
     loaded = data.load_task(
         config.task, dataset=config.dataset, prompt_format=config.prompt_format, seed=config.seed,
@@ -994,6 +1000,26 @@ def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by,
     return summary
 
 
+def warn_of_trouble(metrics: list[dict], warned: set[str]) -> None:
+    """Warn once of each way in which a run stops learning, with what usually helps."""
+    is_cut = lambda m: m["truncated_fraction"] == 1
+    is_dropped = lambda m: "every answer truncated" in (m.get("skipped") or "")
+    longer = "a longer --max-new-tokens, or --cold-start-steps to teach an answer's form, usually helps"
+    troubles = {  # message: what each of so many last steps shows
+        f"every answer is cut and left out for 3 steps; --skip-truncated false, {longer}": (3, is_dropped),
+        f"every answer is cut for 20 steps; {longer}": (20, lambda m: is_cut(m) and not is_dropped(m)),
+        "no group's rewards have had spread for 20 steps, so nothing is learned; easier examples, a larger "
+        "--group-size, a higher --temperature or a reward with more steps usually helps":
+            (20, lambda m: m["groups_without_spread"] == 1 and not is_cut(m)),
+        "scoring takes more than a fifth of each step; a reward for all answers at once can use processes":
+            (3, lambda m: m.get("scoring_seconds", 0) > m["seconds"] / 5),
+    }
+    for message, (steps, shows) in troubles.items():
+        if message not in warned and len(metrics) >= steps and all(map(shows, metrics[-steps:])):
+            warned.add(message)
+            warn(message)
+
+
 def train(config: Config) -> dict:
     """One run. Returns what summary.json holds; `stopped_by`, a signal's number or "bad steps", tells that it
     ended early, with a checkpoint. Raises InputError, RewardError, DoesNotFit or NoReference."""
@@ -1022,10 +1048,10 @@ def train(config: Config) -> dict:
             record, episodes = grpo_step(run)
             metrics.append(record)
             data.append_lines(run.folder / "metrics.jsonl", [record])
-            data.append_lines(run.folder / "samples.jsonl", data.sample_records(step, episodes))
+            data.append_lines(run.folder / "samples.jsonl", sample_records(step, episodes))
             dashboard.log(record)
             data.show_step(bar, record, config.steps)
-            data.warn_of_trouble(metrics, warned)
+            warn_of_trouble(metrics, warned)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 data.save_best(run.policy, run.folder, evaluate(run))
                 data.draw_curves(metrics, run.evaluations, run.folder / "curves.png")

@@ -15,7 +15,6 @@ from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pyarrow.parquet
@@ -1031,38 +1030,6 @@ def test_the_report_has_what_was_measured():
     assert rows[-1] == "  r/best/ (held-out accuracy 0.200, step 7)"
     nothing_saved = summary | {"best": {"accuracy": -1.0, "step": 0}}
     assert "best/" not in data.report(nothing_saved, 4, Path("r"))
-
-
-def test_answers_that_are_all_dropped_are_told_after_three_steps(capsys):
-    cut = {
-        "truncated_fraction": 1.0,
-        "groups_without_spread": 1.0,
-        "entropy": None,
-        "skipped": "nothing to learn: every answer truncated",
-        "seconds": 1.0,
-    }
-    warned = set()
-    for n in range(1, 40):
-        data.warn_of_trouble([cut] * n, warned)
-        err = capsys.readouterr().err
-        assert err.count("warning") == (n == 3) and ("--skip-truncated false" in err) == (n == 3)
-    learned = [cut, cut, {**cut, "skipped": None, "truncated_fraction": 0.5}, cut, cut]
-    data.warn_of_trouble(learned, set())
-    assert capsys.readouterr().err == ""
-
-
-def test_samples_leave_out_what_only_the_run_needs():
-    completion = SimpleNamespace(finished=True)
-    episode = SimpleNamespace(
-        example=data.Example(prompt="a", n=1, prompt_ids=[1], opened=""),
-        group=0,
-        text="b",
-        reward=1.0,
-        parts={},
-        advantage=0.0,
-        completion=completion,
-    )
-    assert data.sample_records(1, [episode])[0]["example"] == {"prompt": "a", "n": 1}
 
 
 def test_a_csv_may_begin_with_blank_lines_and_hold_long_cells(tmp_path):

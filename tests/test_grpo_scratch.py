@@ -786,3 +786,17 @@ def test_sampled_numbers_that_are_not_finite_skip_the_step():
     metrics, _ = g.grpo_step(run)
     assert metrics["bad_updates"] == 1 and metrics["sampler_gap"] is None
     assert "not finite" in metrics["skipped"]
+
+
+def test_samples_leave_out_what_only_the_run_needs():
+    completion = SimpleNamespace(finished=True)
+    episode = SimpleNamespace(
+        example=data.Example(prompt="a", n=1, prompt_ids=[1], opened=""),
+        group=0,
+        text="b",
+        reward=1.0,
+        parts={},
+        advantage=0.0,
+        completion=completion,
+    )
+    assert g.sample_records(1, [episode])[0]["example"] == {"prompt": "a", "n": 1}

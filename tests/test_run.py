@@ -877,9 +877,27 @@ def test_trouble_is_told_once(capsys):
     # Of answers that are all cut short it is no news that they are alike.
     for truncated, told in ((1.0, ["answer is cut"]), (0.1, ["no group's"])):
         for n in range(1, 60):
-            data.warn_of_trouble([{**stuck, "truncated_fraction": truncated}] * n, warned)
+            g.warn_of_trouble([{**stuck, "truncated_fraction": truncated}] * n, warned)
         err = capsys.readouterr().err
         assert all(err.count(words) == 1 for words in told) and err.count("warning") == len(told)
+
+
+def test_answers_that_are_all_dropped_are_told_after_three_steps(capsys):
+    cut = {
+        "truncated_fraction": 1.0,
+        "groups_without_spread": 1.0,
+        "entropy": None,
+        "skipped": "nothing to learn: every answer truncated",
+        "seconds": 1.0,
+    }
+    warned = set()
+    for n in range(1, 40):
+        g.warn_of_trouble([cut] * n, warned)
+        err = capsys.readouterr().err
+        assert err.count("warning") == (n == 3) and ("--skip-truncated false" in err) == (n == 3)
+    learned = [cut, cut, {**cut, "skipped": None, "truncated_fraction": 0.5}, cut, cut]
+    g.warn_of_trouble(learned, set())
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------
