@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/real"))
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--beside", nargs="+", default=[], metavar="NAME=A,B,...",
+                        help="more curves for the picture: a value for every tenth step")
     parser.add_argument("--read", action="store_true", help="only tell of the runs that are there")
     asked = parser.parse_args()
     if asked.masters == "off":
@@ -126,6 +128,9 @@ def main() -> None:
               f"{first_and_last(evaluations, 'sampled_accuracy')}{first_and_last(metrics, 'entropy')}"
               f"{statistics.median(sampling):>10.1f}{statistics.median(updating):>10.1f}"
               f"{summary['peak_memory_bytes'] / 1e9:>9.1f}")
+    for name, _, values in (curve.partition("=") for curve in asked.beside):
+        points = list(map(float, values.split(",")))
+        curves[name] = range(0, 10 * len(points), 10), points
     if asked.picture:
         draw(curves, asked.picture)
 
