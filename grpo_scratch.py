@@ -293,7 +293,7 @@ def gradients(run: "Run", sequences: list[TrainSequence], *, temperature: float,
     totals = Counter()
     for batch in memory.micro_batches(sequences, run.limits):
         logprobs, _ = memory.sequence_logprobs(run.policy.model, batch, temperature,
-                                               run.limits.recomputed_layers)
+                                               run.limits.recomputed_layers, run.limits.head_rows)
         counts = torch.tensor([len(s.counted) for s in batch])
         if remember:
             for sequence, old in zip(batch, logprobs.detach().split(counts.tolist())):
@@ -428,9 +428,9 @@ def is_solved(episode: Episode) -> bool:
 @torch.no_grad()
 def all_logprobs(run: "Run", sequences: list[TrainSequence], temperature: float) -> list[Tensor]:
     """[2, m] for each sequence: log-probabilities and entropies, in nats, of its tokens that count."""
-    found = {}
-    for batch in memory.micro_batches(sequences, run.limits):
-        both = torch.stack(memory.sequence_logprobs(run.policy.model, batch, temperature))
+    found, model, limits = {}, run.policy.model, run.limits
+    for batch in memory.micro_batches(sequences, limits):
+        both = torch.stack(memory.sequence_logprobs(model, batch, temperature, 0, limits.head_rows))
         found |= zip(map(id, batch), both.split([len(s.counted) for s in batch], dim=1))
     return [found[id(s)] for s in sequences]
 
@@ -449,8 +449,7 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
     gap = ratio.log().abs().mean().item()
     if gap > 0.2:  # bfloat16 alone makes 0.03 between two engines
         raise InputError(f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats off "
-                         "the sampler's, so its weights or its temperature are not the policy's (another "
-                         "version of vLLM?); use --sampler own")
+                         "the sampler's: its weights or temperature are not the policy's; use --sampler own")
     cap, lengths, means = config.importance_cap, [len(s.completion) for s in sequences], {"sampler_gap": gap}
     importance = ratio.clamp(max=cap)
     for e, h, weights in zip(episodes, entropies.split(lengths), importance.split(lengths)):
@@ -462,8 +461,7 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
 
 
 def evaluate(run: "Run") -> dict:
-    """Greedy accuracy and mean reward on held-out examples. With `eval_samples` k also pass@k and the mean
-    accuracy of k sampled answers, which have random numbers of their own."""
+    """Held-out greedy accuracy and reward; with `eval_samples` k also pass@k and k samples' mean accuracy."""
     config, heldout = run.config, run.heldout
     say(f"evaluating {len(heldout)} held-out examples")
     greedy, sampled = rollout(run, heldout, group_size=1, temperature=0.0), []
@@ -879,8 +877,7 @@ def make_plan(run: Run, model_config, state: dict | None) -> memory.MemoryPlan:
 def make_parts(run: Run, model: str, model_config, tokenizer, plan: memory.MemoryPlan) -> None:
     """Read the weights, and make what computes."""
     config, run.limits = run.config, plan.limits
-    # Cap torch's memory, so that CUDA can load kernels later. Not with vLLM: the cap would go on counting the
-    # memory that it gives back while it sleeps.
+    # Cap torch, so that CUDA can load kernels later. Not with vLLM: the cap counts what it gives back asleep.
     if run.device == "cuda" and config.sampler == "own":
         total = torch.cuda.get_device_properties(run.device).total_memory
         allowed = memory.ALLOCATOR_SHARE * plan.memory_budget_bytes
@@ -968,8 +965,7 @@ def check_reference(run: Run) -> None:
     gaps = [gap for own, served in pairs for gap in (own[0].cpu() - served).abs().tolist()]
     if gaps and not (gap := statistics.fmean(gaps)) <= 0.1:  # bfloat16 makes it about 0.03
         raise memory.NoReference(f"the reference server's model {run.reference.model} is not the policy's: a "
-                                 f"token's log-probabilities are {gap:.2g} nats apart; serve the model that "
-                                 "--model names")
+                                 f"token's log-probabilities are {gap:.2g} nats apart; serve --model's")
 
 
 def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by, signals: list[int]) -> dict:

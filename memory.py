@@ -55,7 +55,7 @@ OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, whic
 REQUESTS_AT_ONCE, PAUSE = 16, 2.0  # to a reference server; seconds before it is asked again
 LOGITS_AT_ONCE = {"cpu": 2**20}  # choose_tokens holds two copies: few, to fit a CPU's cache; else 2**24
 CHECK_EVERY = {"cpu": 1}  # steps between checks for finished rows; each makes the host wait; else 8
-PREFILLED = 32  # prompts in a pass; plan counts so many
+PREFILLED = 32  # prompts in a rollout's first pass
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
@@ -135,10 +135,15 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
         raise ValueError(f"token_logprobs: hidden [n, H], weight [V, H], targets [n] wanted, got {shapes}")
     if into_weight_grad and not weight.is_leaf:
         raise ValueError("token_logprobs: into_weight_grad needs a Parameter, a computed weight has no .grad")
-    rows = HEAD_WORKSPACE // (8 * len(weight))  # of a logit, there are at most two float32 at any time
-    # In whole 128s, the tiles of a GPU's matrix products; a vocabulary above 307,200 has fewer rows.
-    rows = chunk_size or rows // 128 * 128 or max(1, rows)
+    rows = chunk_size or rows_of_logits(len(weight))
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, rows, into_weight_grad)
+
+
+def rows_of_logits(vocab: int) -> int:
+    """How many rows of logits HEAD_WORKSPACE holds. Of each logit, two float32 exist at the most."""
+    rows = HEAD_WORKSPACE // (8 * vocab)
+    # In whole 128s, the tiles of a GPU's matrix products; a vocabulary above 307,200 has fewer rows.
+    return rows // 128 * 128 or max(1, rows)
 
 
 def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
@@ -148,9 +153,8 @@ def sum_gradients_in_fp32(params: Iterable[nn.Parameter]) -> None:
 
 
 # ---- Several ranks -----------------------------------------------------------------------------------------
-# torchrun starts a process, called a rank, for each GPU. Every rank has the whole model. The ranks join what
-# they sample (gather), share out what is learned (share), and sum their gradients (AdamW8bit). All make these
-# calls in the same order. A process that was started alone is rank 0 of 1.
+# torchrun starts a process, a rank, for each GPU, with the whole model. Ranks join what they sample (gather),
+# share out what is learned (share) and sum gradients (AdamW8bit), all in one order. A lone one is 0 of 1.
 
 def join_ranks(device: str) -> None:
     """Join the other ranks, if torchrun started this one. Raises ValueError if there is no GPU for it."""
@@ -289,6 +293,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 hi, lo = split_fp32(master)
                 weight[piece].copy_(hi)
                 part["remainder"].copy_(lo)
+                del master, stand_in, hi, lo  # before the next slice's are made
         resting["step"] += 1
         for key in part if self.offload else ():
             resting[key].copy_(state[key])
@@ -460,8 +465,7 @@ def on_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     return [part.view(x.shape) for part, x in zip(parts, tensors)]
 
 
-def packed_hidden_states(backbone: nn.Module, ids: Tensor, positions: Tensor, slots: Tensor,
-                         places: Tensor) -> Tensor:
+def packed_hidden_states(backbone: nn.Module, ids: Tensor, positions, slots, places) -> Tensor:
     """Hidden states [T, H] of packed tokens, by a prepared model; its attention gets a 4-D mask as it is."""
     output = backbone(ids, position_ids=positions, slots=slots, attention_mask=places, use_cache=False)
     return output.last_hidden_state[0]
@@ -496,8 +500,7 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
         known = ((key, getattr(model.config.get_text_config(), key, None)) for key in
                  ("final_logit_softcapping", "logits_scaling", "logit_scale"))
         cause = " and ".join(f"{key} is {x}" for key, x in known if x) or "cause unknown"
-        raise ValueError(f"{name}: logits are not just hidden @ weight.T ({cause}); use a model with a plain "
-                         "head, like Qwen2, Qwen3, Llama or Mistral")
+        raise ValueError(f"{name}: logits are not just hidden @ weight.T ({cause}); use a model like Qwen2")
     try:
         model.set_attn_implementation("packed")
         ids, positions, slots, places = on_device(pack([[0, 1]] * 2, [[2], [1, 0]]), weight.device)
@@ -515,21 +518,21 @@ def prepare_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Parameter]:
 
 
 def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: float,
-                      recomputed_layers: int | None = 0) -> tuple[Tensor, Tensor]:
+                      recomputed: int | None = 0, head_rows: int | None = None) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies), float32 [m] in nats, of the m tokens that count, sequence by sequence.
     A sequence has `prompt` and `completion` (token ids) and `counted`: int64, which tokens of the completion
-    count. A prompt is computed once for all its answers here, and only tokens that count reach the head."""
+    count. A prompt is computed once for all its answers here. The head reads tokens that count alone."""
     learning = torch.is_grad_enabled()
     layout = pack([s.prompt for s in sequences], [s.completion[:-1] for s in sequences])
     # The position before a token predicts it.
     where = [row[s.counted + len(s.prompt) - 1] for row, s in zip(layout[-1][0, 0], sequences)]
     targets = [torch.tensor(s.completion)[s.counted] for s in sequences]
     *layout, where, targets = on_device([*layout, torch.cat(where), torch.cat(targets)], model.device)
-    with recompute_layers(model, recomputed_layers if learning else 0):
+    with recompute_layers(model, recomputed if learning else 0):
         # Answers share their prompt's last position: indexing would add gradients in the order of threads.
         hidden = F.embedding(where, packed_hidden_states(model.base_model, *layout))
         head = model.get_output_embeddings().weight
-        return token_logprobs(hidden, head, targets, temperature, into_weight_grad=learning)
+        return token_logprobs(hidden, head, targets, temperature, head_rows, into_weight_grad=learning)
 
 
 # ---- The reference policy ----------------------------------------------------------------------------------
@@ -814,8 +817,9 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
             free = [row for row in range(rows) if over[row]][: total - admitted]
             # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
             if free and len(free) >= min(total - admitted, max(1, rows // 8)):
-                while free:  # in slices of a few prompts
-                    count = min(len(free), PREFILLED * group_size - admitted % group_size)
+                while free:  # in slices of a few prompts, because the cache is there when the first is done
+                    few = max(1, rows // (8 * group_size)) if admitted else PREFILLED
+                    count = min(len(free), few * group_size - admitted % group_size)
                     admit(admitted, free[:count])
                     admitted, free = admitted + count, free[count:]
                 continue
@@ -828,11 +832,12 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
                 done[cache.live :] = True
         live = slice(cache.live)
         cache.mask[live, cache.column] = 0
-        logits = model(token[live, None], attention_mask=cache.mask[live, None, None, : cache.column + 1],
-                       position_ids=position[live, None], use_cache=True, **{as_cache: cache}).logits
+        output = model(token[live, None], attention_mask=cache.mask[live, None, None, : cache.column + 1],
+                       position_ids=position[live, None], use_cache=True, **{as_cache: cache})
         cache.column += 1
         position += ~done  # a finished row's would run past the context
-        record(live, logits[:, -1])
+        record(live, output.logits[:, -1])
+        del output  # before the next one is made
     return [Completion(i[:n], lp[:n], h[:n], i[n - 1] in stops)
             for i, lp, h, n in zip(*(x.tolist() for x in (ids, logprobs, entropies, lengths)))]
 
@@ -940,6 +945,7 @@ class Limits:
     recomputed_layers: int  # of the policy's `layers`, computed again in the backward pass
     layers: int
     place_share: float = 0.1  # the padded row's share of the bytes that a lone token keeps
+    head_rows: int | None = None  # rows of logits at a time in an update, see token_logprobs
 
     def shrink(self, phase: Literal["rollout", "update"], longest: int) -> str | None:
         """Make `phase` smaller and say how, or None at its least. longest: tokens of the longest sequence."""
@@ -1021,10 +1027,9 @@ def plan(
 ) -> MemoryPlan:
     """What full-parameter training of a decoder built like Llama or Qwen takes, in a loop that uses all of
     this file. micro_batch_tokens, recomputed_layers and max_rows are kept if given. Otherwise as many rows as
-    fit are taken, and the micro-batch and recomputation of least work. Raises DoesNotFit.
-    The budget is for tensors: leave room beside it for CUDA's context and fragments. `evaluated`: answers of
-    an evaluation. training=False plans sampling alone; engine=True plans for vLLM's. The plan is for the rank
-    that owns most of the optimizer's state; prompts, evaluated and budget are one rank's."""
+    fit are taken, and the micro-batch and recomputation of least work. Raises DoesNotFit. The budget is for
+    tensors: CUDA's context and fragments come beside it. `evaluated`: an evaluation's answers. training=False
+    plans sampling alone, engine=True vLLM's. All is one rank's, that with most of the optimizer's state."""
     config = model_config.get_text_config()
     layers, vocab, wide = config.num_hidden_layers, config.vocab_size, config.hidden_size
     heads, byte = config.num_attention_heads, dtype.itemsize
@@ -1060,33 +1065,40 @@ def plan(
         share = kept * place / (kept * (token + place) + recomputed * byte * wide)
         return share, computed + share * (places - computed), computed, places
 
-    def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
-        # Late rows need more columns, half an answer's, until old ones are dropped.
-        # vLLM has a block more; its blocks are of 128 tokens on CPUs, and smaller on GPUs.
-        waiting, asked = rows < max(episodes, evaluated) and not engine, max(prompts, evaluated)
-        columns, block = episode + waiting * max_new_tokens // 2, 128 if engine else 8
-        kv_cache = (rows + engine) * math.ceil(columns / block) * block * kv_token
-        # Logits become tokens in blocks, twice in float32. When rows leave, a buffer of the cache is copied.
-        # A first prefill comes before the cache. An evaluation's prompts have one row each.
-        choosing = 8 * min(rows * vocab, max(vocab, LOGITS_AT_ONCE.get(device, 2**24)))
-        beside = 3 * byte * inner if waiting or asked > PREFILLED else 0
-        prefill = min(rows, PREFILLED, asked) * prompt_tokens * (kv_token + beside)
-        sampling = max(rows * vocab * byte + choosing + kv_cache // (2 * layers), prefill)
+    def sampled(rows: int, answers: int, group: int) -> tuple[int, int]:
+        """(the KV cache, the most that is beside it) for so many answers, `group` to a prompt"""
+        rows = min(rows, answers)
+        # Late rows need half an answer's columns more. vLLM has a block more; on CPUs it is of 128 tokens.
+        waiting, block = rows < answers and not engine, 128 if engine else 8
+        columns = math.ceil((episode + waiting * max_new_tokens // 2) / block) * block
+        kv_cache = (rows + engine) * columns * kv_token
         if engine:  # logits, probabilities and noise in float32; by default a prefill is of 8,192 tokens
-            sampling = max(12 * rows * vocab, 2**13 * 3 * byte * inner)
+            return kv_cache, max(12 * rows * vocab, 2**13 * 3 * byte * inner)
+        # A pass has a prompt's keys and values, the MLP's three and the layer's inputs. The first one comes
+        # before the cache. Then the keys, or the values, of one layer at a time are copied to the rows.
+        first, late = min(PREFILLED, math.ceil(rows / group)), max(1, rows // (8 * group))
+        late *= answers > min(rows, PREFILLED * group)
+        in_pass = prompt_tokens * (kv_token + byte * (3 * inner + 4 * wide + 2 * head_dim))
+        copied = prompt_tokens * kv_token * (first + min(rows, first * group) / (2 * layers))
+        # Logits become tokens in blocks, twice in float32. When rows leave, others are copied to their place.
+        blocks = 8 * min(rows * vocab, max(vocab, LOGITS_AT_ONCE.get(device, 2**24)))
+        return kv_cache, int(max(first * in_pass - kv_cache, late * in_pass, copied, kv_cache / (2 * layers),
+                                 (rows + first) * vocab * byte + blocks))
+
+    def planned(rows: int, tokens: int, recomputed: int) -> MemoryPlan:
+        kv_cache, sampling = max(sampled(rows, episodes, group_size), sampled(rows, evaluated, 1), key=sum)
         # The update.
-        cost_of = lambda r: filled(r, recomputed)[1]  # it grows with r
-        in_batch = bisect_right(range(1, episodes + 1), tokens, key=cost_of) or 1
+        in_batch = bisect_right(range(1, episodes + 1), tokens, key=lambda r: filled(r, recomputed)[1]) or 1
         share, cost, computed, places = filled(in_batch, recomputed)
         alone = in_batch == episodes  # then gradients come as activations go, the head's first
         more = 1 if alone else max(1, tokens / cost)
         computed, places = int(more * computed), int(more * places)
         answers, kept = int(more * in_batch * max_new_tokens), layers - recomputed
-        # Micro-batches differ in how many of their tokens count.
-        counted = min(answers, int(top_entropy * answers + 3 * math.sqrt(top_entropy * answers)))
+        # Where more of a micro-batch's tokens count than on average, the head takes one chunk more.
+        head_rows = min(rows_of_logits(vocab), counted := math.ceil(top_entropy * answers))
         again = computed * token + places * place if recomputed == layers else 0
         head_gradient, others = (4 * vocab * wide, 4 * parameters) if alone else (0, 0)
-        workspace = min(HEAD_WORKSPACE, 8 * vocab * counted)  # forward; six or four of the eight in backward
+        workspace = 8 * vocab * head_rows  # forward; six or four of the eight in backward
         # Without a kernel of its own, an activation function's backward takes four, not two, of `inner`.
         mlp = max(computed * 4 * byte, wide * weight_gradient) * inner
         of_update = {
@@ -1097,12 +1109,12 @@ def plan(
             "layer": again + computed * 2 * byte * wide + head_gradient + mlp,
             "embedding": others + vocab * wide * weight_gradient,  # dense
             # A slice is updated at a time; with offload, one parameter's state is on a visit.
-            "optimizer_step": others + 16 * OPTIMIZER_SLICE
+            "optimizer_step": others + (8 * min(OPTIMIZER_SLICE, max(owned)) if byte < 4 else 0)
                               + offload_optimizer * optimizer * max(owned) // sum(owned),
         }
         engine_weights = byte * parameters * engine
         return MemoryPlan(
-            Limits(rows, tokens, recomputed, layers, share), parameters, memory_budget_bytes,
+            Limits(rows, tokens, recomputed, layers, share, head_rows), parameters, memory_budget_bytes,
             host_bytes=resting * (device != "cpu"), resting=resting * (device == "cpu"),
             weights=byte * parameters, optimizer=optimizer * (not offload_optimizer),
             kv_cache_bytes=kv_cache, logits_or_prefill=sampling, engine_weights=engine_weights,

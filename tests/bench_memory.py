@@ -71,14 +71,14 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def micro_batch(model, backbone, head, ids: torch.Tensor, recomputed: int, top_entropy: float) -> None:
+def micro_batch(model, ids: torch.Tensor, recomputed: int, top_entropy: float, head_rows=None) -> None:
     """Forward and backward as the training loop does it: full-length rows, a share of the answers' tokens."""
     sequences = [
         SimpleNamespace(prompt=row[:PROMPT], completion=[*row[PROMPT:], 0],
                         counted=(torch.rand(NEW) < top_entropy).nonzero()[:, 0])
         for row in ids.tolist()
     ]
-    logprobs, _ = memory.sequence_logprobs(model, sequences, 1.0, recomputed)
+    logprobs, _ = memory.sequence_logprobs(model, sequences, 1.0, recomputed, head_rows)
     logprobs.mean().backward()
 
 
@@ -149,8 +149,9 @@ def line(what: str, planned: int, measured: int) -> None:
 
 def compare_on_cpu(size: str, micro_batch_rows: list[int], sampler_rows: list[int]) -> None:
     """Rollout at several widths, update at several micro-batches and checkpointings, optimizer step."""
-    model, backbone, head = make_model(size)
+    model = make_model(size)[0]
     params, layers = list(model.parameters()), model.config.num_hidden_layers
+    memory.LOGITS_AT_ONCE["cpu"] = 2**24  # as on a GPU, for which the plan is
     title = f"Qwen2.5-{size}, without the optimizer's state"
     print(f"{title:<58} {'plan GB':>7} {'measured':>9} {'ratio':>6}")
 
@@ -169,7 +170,7 @@ def compare_on_cpu(size: str, micro_batch_rows: list[int], sampler_rows: list[in
             choices = {"micro_batch_tokens": ids.numel(), "recomputed_layers": k}
             plan = make_plan(size, offload_optimizer=True, **choices)
             with LiveBytes(*params, *grads) as live:
-                micro_batch(model, backbone, head, ids, k, 0.2)
+                micro_batch(model, ids, k, 0.2, plan.limits.head_rows)
             what = f"update, {ids.numel()} tokens, {k} of {layers} layers again"
             line(what, plan.update_peak_bytes, live.peak)
 
@@ -213,7 +214,7 @@ def run_on_cuda(size: str, offload: bool, cap_gib: float = 11.5) -> None:
                 hidden = backbone(episodes[batch], use_cache=False).last_hidden_state[:, PROMPT - 1 : -1]
                 memory.token_logprobs(hidden.flatten(0, 1), head, episodes[batch][:, PROMPT:].flatten())
         for batch in batches:
-            micro_batch(model, backbone, head, episodes[batch], plan.limits.recomputed_layers, 0.2)
+            micro_batch(model, episodes[batch], plan.limits.recomputed_layers, 0.2, plan.limits.head_rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -266,13 +267,13 @@ def show_remainder(steps: int = 200, lr: float = 1e-6) -> None:
 def time_recomputation(size: str, repeats: int = 4) -> None:
     """Seconds for forward and backward of one episode; on a CPU those of this process, whatever else runs."""
     device, clock = ("cuda", time.perf_counter) if torch.cuda.is_available() else ("cpu", time.process_time)
-    model, backbone, head = make_model(size, device)
+    model = make_model(size, device)[0]
     layers = model.config.num_hidden_layers
     ids = torch.randint(model.config.vocab_size, (1, PROMPT + NEW), device=device)
     seconds: dict[int, list[float]] = {0: [], layers: []}
     for recomputed in [0, layers] * (repeats + 1):
         start = clock()
-        micro_batch(model, backbone, head, ids, recomputed, 0.2)
+        micro_batch(model, ids, recomputed, 0.2)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds[recomputed].append(clock() - start)

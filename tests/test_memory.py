@@ -860,7 +860,7 @@ def test_sequence_logprobs_are_those_of_each_sequence_alone_at_the_tokens_that_c
         all_of_them = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
         expected.append(all_of_them[counted].detach())
     memory.prepare_model(model)
-    logprobs, _ = memory.sequence_logprobs(model, sequences, 0.7)
+    logprobs, _ = memory.sequence_logprobs(model, sequences, 0.7, 0, data.draw(st.integers(1, 9)))
     torch.testing.assert_close(logprobs.double(), torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -1015,6 +1015,38 @@ def test_the_plan_is_within_a_tenth_of_what_an_update_holds(name, dtype, monkeyp
     assert expected.optimizer == held
     assert expected.weights == sum(p.nbytes for p in params)
     assert expected.gradients == sum(p.grad.nbytes for p in params)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_micro_batch_whose_tokens_all_count_takes_no_more_than_was_planned(share):
+    model = tiny("qwen2-tied", vocab_size=20_000, hidden_size=16)
+    memory.prepare_model(model)
+    params = list(model.parameters())
+    memory.sum_gradients_in_fp32(params)
+    made = plan(model.config, prompt_tokens=10, max_new_tokens=50, dtype=torch.float32, top_entropy=share,
+                prompts=8, group_size=8, micro_batch_tokens=420, reference=False, device="cpu")
+    for p in params:
+        p.grad = torch.zeros_like(p)  # as from the second micro-batch on
+    for counted, least in ((range(50), 0.97), (range(int(50 * share)), 0.9)):
+        batch = [sequence([1] * 10, [2] * 50) for _ in range(8)]
+        for x in batch:
+            x.counted = torch.tensor(counted)
+        with LiveBytes(*params, *(p.grad for p in params)) as live:
+            memory.sequence_logprobs(model, batch, 1.0, 0, made.limits.head_rows)[0].sum().backward()
+        assert least * live.peak <= made.update_peak_bytes - made.optimizer <= 1.1 * live.peak
+
+
+@pytest.mark.parametrize("rows, ends", [(48, []), (48, range(30)), (20, []), (20, range(30)), (5, [])])
+def test_the_plan_is_within_a_twentieth_of_what_sampling_holds(rows, ends):
+    model = tiny("qwen2-tied", vocab_size=1000, hidden_size=64, intermediate_size=256, head_dim=16)
+    made = plan(model.config, prompt_tokens=60, max_new_tokens=40, prompts=12, group_size=4, max_rows=rows,
+                dtype=torch.float32, reference=False, device="cpu")
+    params = list(model.parameters())
+    with LiveBytes(*params) as live:
+        memory.sample(model, [[i] * 60 for i in range(12)], group_size=4, max_new_tokens=40, max_rows=rows,
+                      eos_token_id=list(ends), pad_token_id=0)
+    planned = made.rollout_peak_bytes - made.optimizer
+    assert 0.95 * live.peak <= planned <= 1.05 * live.peak, planned / live.peak
 
 
 def test_qwen_half_b_fits_eight_gigabytes_and_six_with_offload_and_1_5b_eleven():
