@@ -429,10 +429,9 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def tiny_config(tokenizer) -> transformers.Qwen2Config:
     """A Qwen2 of a million parameters for the tiny tokenizer."""
     return transformers.Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=768,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=768, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.08,  # with the usual 0.02 so small a model takes twice as long to learn its sums
     )
 
@@ -810,9 +809,8 @@ def evaluation_in_words(evaluation: dict, samples: int) -> str:
 def report(summary: dict, samples: int, folder: Path) -> str:
     """The held-out numbers before and after, and where the files are."""
     (first, *_, last), best = summary["evaluations"], summary["best"]
-    told = f"best/ (held-out accuracy {best['accuracy']:.3f}, step {best['step']})"
-    names = ["curves.png", "samples.jsonl", "final/"] + [told] * (best["accuracy"] >= 0)
-    return "\n".join([f"before GRPO: {evaluation_in_words(first, samples)}",
-                      f"after GRPO:  {evaluation_in_words(last, samples)}",
-                      f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:",
-                      *(f"  {folder}/{name}" for name in names)])
+    told = f"\n  {folder}/best/ (held-out accuracy {best['accuracy']:.3f}, step {best['step']})"
+    return (f"before GRPO: {evaluation_in_words(first, samples)}\n"
+            f"after GRPO:  {evaluation_in_words(last, samples)}\n"
+            f"{summary['steps']} steps, {summary['seconds']:.0f} s in this process. Look at:\n"
+            f"  {folder}/curves.png, samples.jsonl, final/" + told * (best["accuracy"] >= 0))
