@@ -521,7 +521,7 @@ def sequence_logprobs(model: PreTrainedModel, sequences: list, temperature: floa
                       recomputed: int | None = 0, head_rows: int | None = None) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies), float32 [m] in nats, of the m tokens that count, sequence by sequence.
     A sequence has `prompt` and `completion` (token ids) and `counted`: int64, which tokens of the completion
-    count. A prompt is computed once for all its answers here. The head reads tokens that count alone."""
+    count. A prompt is computed once for all its answers. The head takes `head_rows` that count at a time."""
     learning = torch.is_grad_enabled()
     layout = pack([s.prompt for s in sequences], [s.completion[:-1] for s in sequences])
     # The position before a token predicts it.
@@ -1076,8 +1076,8 @@ def plan(
             return kv_cache, max(12 * rows * vocab, 2**13 * 3 * byte * inner)
         # A pass has a prompt's keys and values, the MLP's three and the layer's inputs. The first one comes
         # before the cache. Then the keys, or the values, of one layer at a time are copied to the rows.
-        first, late = min(PREFILLED, math.ceil(rows / group)), max(1, rows // (8 * group))
-        late *= answers > min(rows, PREFILLED * group)
+        first = min(PREFILLED, math.ceil(rows / group))
+        late = max(1, rows // (8 * group)) if answers > min(rows, PREFILLED * group) else 0
         in_pass = prompt_tokens * (kv_token + byte * (3 * inner + 4 * wide + 2 * head_dim))
         copied = prompt_tokens * kv_token * (first + min(rows, first * group) / (2 * layers))
         # Logits become tokens in blocks, twice in float32. When rows leave, others are copied to their place.
@@ -1094,7 +1094,7 @@ def plan(
         more = 1 if alone else max(1, tokens / cost)
         computed, places = int(more * computed), int(more * places)
         answers, kept = int(more * in_batch * max_new_tokens), layers - recomputed
-        # Where more of a micro-batch's tokens count than on average, the head takes one chunk more.
+        # Where more of a micro-batch's tokens count than on average, the head takes more chunks.
         head_rows = min(rows_of_logits(vocab), counted := math.ceil(top_entropy * answers))
         again = computed * token + places * place if recomputed == layers else 0
         head_gradient, others = (4 * vocab * wide, 4 * parameters) if alone else (0, 0)
