@@ -55,7 +55,8 @@ OPTIMIZER_SLICE = 2**22  # elements updated at a time; whole blocks of 256, whic
 REQUESTS_AT_ONCE, PAUSE = 16, 2.0  # to a reference server; seconds before it is asked again
 LOGITS_AT_ONCE = {"cpu": 2**20}  # choose_tokens holds two copies: few, to fit a CPU's cache; else 2**24
 CHECK_EVERY = {"cpu": 1}  # steps between checks for finished rows; each makes the host wait; else 8
-PREFILLED = 32  # prompts in a rollout's first pass
+PREFILLED = 32  # prompts in a rollout's first pass; then those of an eighth of the rows
+late_prompts = lambda rows, group_size: max(1, rows // (8 * group_size))
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
@@ -140,9 +141,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 
 def rows_of_logits(vocab: int) -> int:
-    """How many rows of logits HEAD_WORKSPACE holds. Of each logit, two float32 exist at the most."""
+    """Rows of logits, two float32 each, that HEAD_WORKSPACE holds; in 128s, a GPU's tiles, if it can."""
     rows = HEAD_WORKSPACE // (8 * vocab)
-    # In whole 128s, the tiles of a GPU's matrix products; a vocabulary above 307,200 has fewer rows.
     return rows // 128 * 128 or max(1, rows)
 
 
@@ -818,7 +818,7 @@ def sample(model, prompts: list[list[int]], *, group_size: int = 1, max_new_toke
             # An eighth of the rows at a time: a prefill for each row costs more than rows that idle.
             if free and len(free) >= min(total - admitted, max(1, rows // 8)):
                 while free:  # in slices of a few prompts, because the cache is there when the first is done
-                    few = max(1, rows // (8 * group_size)) if admitted else PREFILLED
+                    few = late_prompts(rows, group_size) if admitted else PREFILLED
                     count = min(len(free), few * group_size - admitted % group_size)
                     admit(admitted, free[:count])
                     admitted, free = admitted + count, free[count:]
@@ -1077,7 +1077,7 @@ def plan(
         # A pass has a prompt's keys and values, the MLP's three and the layer's inputs. The first one comes
         # before the cache. Then the keys, or the values, of one layer at a time are copied to the rows.
         first = min(PREFILLED, math.ceil(rows / group))
-        late = max(1, rows // (8 * group)) if answers > min(rows, PREFILLED * group) else 0
+        late = late_prompts(rows, group) if answers > min(rows, PREFILLED * group) else 0
         in_pass = prompt_tokens * (kv_token + byte * (3 * inner + 4 * wide + 2 * head_dim))
         copied = prompt_tokens * kv_token * (first + min(rows, first * group) / (2 * layers))
         # Logits become tokens in blocks, twice in float32. When rows leave, others are copied to their place.
