@@ -141,7 +141,7 @@ def gsm8k_answer(completion: str, example: dict) -> float:
         return 0.0
     if answer.strip() == str(gold).strip():
         return 2.0
-    numbers = re.findall(r"-?[0-9]*\.?[0-9]+", answer)
+    numbers = re.findall(r"[-\u2212]?\$?[0-9]*\.?[0-9]+", answer)
     return 1.5 if len(numbers) == 1 and _same_number(numbers[0], gold) else 0.0
 
 
@@ -182,10 +182,15 @@ def score_batch(
         try:
             parameters = inspect.signature(reward).parameters
             batched = bool(parameters.keys() & {"completions", "completion_ids"})
+            others = {"prompt", "example"}, {"completion", *examples[0]} - {"example"}
+            if wrong := [x for x, names in zip(parameters, others) if x in names and not batched]:
+                raise RewardError(f"has a parameter {wrong[0]!r} where it gets another value")
             if batched:
                 results = _awaited(_batch(reward, parameters, prompts, completions, examples, completion_ids))
             else:
                 results = (_awaited(reward(*answer)) for answer in zip(completions, examples))
+            if isinstance(results, (dict, set)):
+                raise RewardError(f"returned a {type(results).__name__}, which has no order")
             for result in results:  # bools and the numbers of numpy and torch have a __float__, text has none
                 if not (hasattr(result, "__float__") and math.isfinite(result) or batched and result is None):
                     raise RewardError(f"returned {result!r:.150}, not a finite number")
@@ -271,6 +276,8 @@ def _load(source: str, function: str, warn: Callable) -> tuple[str, Callable]:
     file, is_file = Path(source).resolve(), source.endswith(".py")
     if is_file and not file.is_file():
         raise RewardError(f"no file {source!r} in {Path.cwd()}; type where it is: path/to/file.py:function")
+    if is_file and "." in file.stem:
+        raise RewardError(f"{source!r}: Python imports no file with a dot in its name; rename it")
     name, folder = (file.stem, str(file.parent)) if is_file else (source, str(Path.cwd()))
     find = importlib.machinery.PathFinder.find_spec
     importlib.invalidate_caches()

@@ -517,7 +517,7 @@ GSM8K_ANSWERS = [  # text inside <answer>…</answer>, answer, expected
     ("-42.0", "-42", 1.5),
     ("--42", "-42", 1.5),
     ("- 42", "42", 1.5),
-    ("\u221242", "42", 1.5),
+    ("\u221242", "42", 0.0),
     (".5", "0.5", 1.5),
     ("..5", "0.5", 1.5),
     ("-.5", "-0.5", 1.5),
@@ -546,7 +546,7 @@ GSM8K_ANSWERS = [  # text inside <answer>…</answer>, answer, expected
     ("-42", "42", 0.0),
     ("42", "-42", 0.0),
     ("- 42", "-42", 0.0),
-    ("\u221242", "-42", 0.0),
+    ("\u221242", "-42", 1.5),
     ("3.0000000000000001", "3", 0.0),
     ("", "42", 0.0),
     (" ", "42", 0.0),
@@ -843,6 +843,15 @@ def test_gsm8k_answer_agrees_with_splitting_at_the_tags(completion):
         value = float(numbers[0]) if len(numbers) == 1 else None
         expected = 2.0 if inside.strip() == "-1.2" else 1.5 if value == -1.2 else 0.0
     assert rewards.gsm8k_answer(completion, {"answer": "-1.2"}) == expected
+
+
+@pytest.mark.parametrize("gold, right, wrong", [
+    ("-5", ["\u22125", "-$5", " -5.0 "], ["5", "$5", "--5 5"]),
+    ("5", ["$5", "5.0 apples"], ["\u22125", "-$5", "-5"]),
+])
+def test_gsm8k_answer_reads_every_minus_sign(gold, right, wrong):
+    paid = lambda text: rewards.gsm8k_answer(f"<answer>{text}</answer>", {"answer": gold})
+    assert {paid(text) for text in right} == {1.5} and {paid(text) for text in wrong} == {0.0}
 
 
 # ---- Hostile completions -----------------------------------------------------------------------------------
@@ -1155,6 +1164,22 @@ def test_none_is_no_score_of_one_answer_and_a_missing_one_of_a_batch():
     loaded = {"a": (lambda completions: [None], 2.0), "b": (lambda completions: [0.5], 3.0)}
     scored = rewards.score_batch(loaded, ["p"], ["x"], [{}])
     assert scored == [(1.5, {"a": None, "b": 0.5})]
+
+
+def test_results_without_an_order_are_an_error():
+    refused(lambda completions: {0: 1.0, 1: 0.5}, "returned a dict, which has no order")
+    refused(lambda completions: {1.0, 0.5}, "returned a set, which has no order")
+
+
+@pytest.mark.parametrize("reward, parameter", [
+    (lambda completion, answer: 1.0, "answer"), (lambda prompt, completion: 1.0, "prompt"),
+    (lambda example, completion: 1.0, "example"), (lambda text, completion: 1.0, "completion"),
+])
+def test_a_parameter_with_the_name_of_another_value_is_an_error(reward, parameter):
+    rows = [{"prompt": "p", "answer": "4"}] * 2
+    refused(reward, f"has a parameter '{parameter}' where it gets another value", examples=rows)
+    for fine in (lambda answer, row, strict=True: 2 * len(answer), lambda text, example: 2 * len(text)):
+        assert scores(fine, examples=rows) == [2.0, 4.0]
 
 
 @pytest.mark.parametrize("result", [
@@ -1548,6 +1573,12 @@ def write(folder, **files):
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     return folder
+
+
+def test_a_file_that_python_cannot_import_by_its_name_is_refused(tmp_path):
+    folder = write(tmp_path, **{"my.rewards": LENGTHS})
+    with pytest.raises(rewards.RewardError, match="no file with a dot in its name; rename it"):
+        rewards.load_rewards([f"{folder}/my.rewards.py:of"])
 
 
 def test_its_folder_is_searched_for_what_it_imports_now_and_later(tmp_path):
