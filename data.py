@@ -130,7 +130,8 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 def encode(tokenizer, prompt: str | list[dict]) -> tuple[list[int], str]:
     """A prompt's token ids, and the tag that it leaves open: `<think>`, another one, or ""."""
     ids_of = lambda text, **options: tokenizer(text, verbose=False, **options).input_ids
-    tag = lambda text: (re.findall(r"<\w[\w-]*>$", text.rstrip()) or [""])[0]
+    role = "(?i:_?(?:assistant|bot|model|ai|gpt|reserved_[0-9]+)>)"  # whose tag only begins the turn
+    tag = lambda text: (re.findall(rf"<(?!{role})\w[\w-]*>$", text.rstrip()) or [""])[0]
     if isinstance(prompt, str) or tokenizer.chat_template is None:
         text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
         ids, whole = ids_of(text, add_special_tokens=False), ids_of(text)
@@ -154,6 +155,10 @@ def apply_template(tokenizer, messages: list[dict]) -> str:
         text = tokenizer.apply_chat_template(messages, **options)
         if re.search(r"</[\w-]+>$", text.rstrip()):  # a thought that it closes unless it is asked to think
             text = tokenizer.apply_chat_template(messages, **options, enable_thinking=True, thinking=True)
+        bare = lambda text: re.sub(r"/(no_)?think\b|\W", "", text)  # a template may take a switch out
+        for message in messages:
+            if message["role"] in ("system", "user") and bare(message["content"]) not in bare(text):
+                raise ValueError(f"it leaves out the words of the {message['role']}")
         return text
     except Exception as error:  # a template is a program of its own
         if messages and messages[0]["content"] in SYSTEM:  # it may refuse the role
@@ -317,7 +322,8 @@ def read_dataset(source: str, task: str, eval_examples: int, seed: int) -> list[
     train = splits.get("train") or next(iter(splits.values()))
     heldout = splits.get("test") or train
     if len(heldout) < eval_examples:
-        raise InputError(f"{source}: {len(heldout)} rows are too few; lower --eval-examples {eval_examples}")
+        raise InputError(f"{source}: {len(heldout)} rows are too few; lower --eval-examples "
+                         f"{eval_examples}, or bring more")
     heldout = random.Random(seed).sample(heldout, eval_examples)
     return [[make_example(row, task, f"{source}, {unit} {number}") for number, row in rows]
             for rows in (train, heldout)]
@@ -342,9 +348,10 @@ def read_file(source: str) -> list[tuple[int, dict]]:
         if kind == ".csv":
             csv.field_size_limit(2**31 - 1)  # a prompt may be longer than csv's own 131,072 characters
             written = itertools.dropwhile(lambda line: not line.strip(), lines())
-            for row in csv.DictReader(written, strict=True):
-                if None in row:
-                    raise csv.Error(f"more cells than the {len(row) - 1} columns")
+            for row in (table := csv.DictReader(written, strict=True)):
+                if None in row or len(row) < len(table.fieldnames):
+                    raise csv.Error("a column's name comes twice" if None not in row else
+                                    f"more cells than the {len(row) - 1} columns")
                 if any(map(str.strip, filter(None, row.values()))):
                     rows.append((number, {name: csv_value(name, cell) for name, cell in row.items()}))
         elif kind == ".json" and (text := "".join(lines())).lstrip().startswith("["):
@@ -352,9 +359,9 @@ def read_file(source: str) -> list[tuple[int, dict]]:
             rows = list(enumerate(json.loads(text), start=1))
         else:
             rows = [(number, json.loads(line.strip())) for line in lines() if line.strip()]
-    except (UnicodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         needed = ("save the file as UTF-8" if isinstance(error, UnicodeError)
-                  else "text with a comma needs double quotes around it" if kind == ".csv"
+                  else 'text with a comma needs double quotes around it, "" for one in it' if kind == ".csv"
                   else 'write one JSON object on each line, like {"prompt": "2 + 2?"}')
         line = number + getattr(error, "lineno", 1) - 1
         raise InputError(f"{source}, line {line}: {getattr(error, 'msg', error)}; {needed}") from error
@@ -391,6 +398,10 @@ def make_example(row: dict, task: str, where: str) -> Example:
             example = Example(row)
         case "prompt", {"prompt": [_, *_] as messages} if all(map(is_message, messages)):
             example = Example(row)
+    if task not in built_in and "prompt" not in row:
+        needed = "prompt must be one of the columns (in a csv, commas separate them)"
+    if ours := {"prompt_ids", "opened"} & row.keys():
+        example, needed = None, f"rename {ours.pop()}, which is a name of ours"
     if half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
         example, needed = None, f"{half[0]!r}, a lone surrogate, is only half a character"
     if example is None:
@@ -456,12 +467,14 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> tuple:
     config, tokenizer = (
         fetch(f"--model {model}", kind.from_pretrained, model, trust_remote_code=trust_remote_code)
         for kind in (transformers.AutoConfig, transformers.AutoTokenizer))
-    if quantized := getattr(config, "quantization_config", None):
-        method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
+    quantized, kind = getattr(config, "quantization_config", None) or {}, config.dtype
+    method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method", kind)
+    if quantized or isinstance(kind, torch.dtype) and (kind.itemsize == 1 or not kind.is_floating_point):
         raise InputError(f"--model {model}: its weights are quantized ({method}); use the unquantized model")
     for part in (config, config.get_text_config()):
-        if getattr(part, "output_router_logits", False):
-            part.output_router_logits = False  # a mixture of experts' balancing loss, which nothing reads
+        part.return_dict, unread = True, ("output_attentions", "output_hidden_states", "output_router_logits")
+        for name in filter(partial(hasattr, part), unread):
+            setattr(part, name, False)
     rows = config.get_text_config().vocab_size
     if tokenizer.eos_token is None or tokenizer.eos_token_id >= rows:  # some classes make one up
         names = [tokenizer.convert_ids_to_tokens(i) for i in declared(model)[1] if i < rows]
@@ -477,10 +490,10 @@ def declared(model: str) -> tuple[dict, list[int]]:
     files, because transformers adds its classes' defaults and refuses some generation configs."""
     find = partial(transformers.utils.cached_file, model, _raise_exceptions_for_missing_entries=False,
                    _raise_exceptions_for_connection_errors=False)
-    config, generation = (json.loads(Path(path).read_text(encoding="utf-8")) if (path := find(name)) else {}
+    config, generation = (json.loads(Path(path).read_text("utf-8-sig")) if (path := find(name)) else {}
                           for name in ("config.json", "generation_config.json"))
     ends = (config | generation).get("eos_token_id")
-    return generation, ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return generation, [] if ends is None else [int(i) for i in (ends if isinstance(ends, list) else [ends])]
 
 
 def load_policy(model: str, config, tokenizer, *, dtype: torch.dtype, device: str, seed: int = 0,
@@ -497,7 +510,7 @@ def load_policy(model: str, config, tokenizer, *, dtype: torch.dtype, device: st
                        attn_implementation="sdpa", trust_remote_code=trust_remote_code)
         for p in loaded.parameters():  # where a file has put weights decides a product's last bits
             p.data = p.data.clone()
-        generation, ends = declared(model)
+        generation, ends = fetch(f"--model {model}", declared, model)
     rows, end = config.get_text_config().vocab_size, tokenizer.eos_token_id
     stops = sorted({i for i in [end, *ends] if i < rows})
     # transformers refuses to save some of the generation configs that models come with (a temperature without

@@ -254,6 +254,12 @@ def test_gsm8k_is_asked_for_by_its_name_and_configuration(monkeypatch):
     ("noprompt.jsonl", '{"question": "hi"}\n' * 5, "line 1: prompt must .*; this row has question = 'hi'$"),
     ("noprompt.csv", "question,answer\na,b\nc,d\ne,f\n",
      "line 2: prompt must be .*; this row has question = 'a', answer = 'b'$"),
+    ("semicolons.csv", "prompt;answer\na;b\nc;d\ne;f\n",
+     "line 2: prompt must be one of the columns .*commas .*; this row has prompt;answer = 'a;b'$"),
+    ("twice.csv", "prompt,a,a\nb,1,2\n", "line 2: a column's name comes twice"),
+    ("backslash.csv", 'prompt\n"a"\n"say \\"b\\""\n', "line 3: .* needs double quotes .*, \"\" for one"),
+    ("ours.jsonl", '{"prompt": "a", "opened": 2021}\n' * 3, "line .: rename opened, which is a name of ours"),
+    ("digits.jsonl", '{"prompt": "a"}\n{"prompt": "a", "n": ' + "1" * 5000 + "}", "line 2: Exceeds"),
     ("broken.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3: Expecting value; write one JSON object on"),
     ("broken.json", '[{"prompt": "a"},\n\n{"prompt": "b" "c"}]', "line 3: Expecting ',' delimiter"),
     ("deep.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2: .*recursion"),
@@ -612,6 +618,42 @@ def test_built_in_prompts_suit_templates_that_refuse_a_system_role(prompt):
         data.encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *MINI])
 
 
+OF_USERS = ("{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}<|endoftext|>{% endfor %}"
+            "<|assistant|>")
+
+
+@pytest.mark.parametrize("prompt", [COUNTDOWN, GSM8K])
+def test_no_words_get_lost_in_a_template_that_leaves_a_role_out(prompt):
+    tokenizer = data.tiny_tokenizer()
+    tokenizer.chat_template = OF_USERS
+    text = tokenizer.decode(data.encode_prompt(tokenizer, prompt))
+    assert text.startswith(f"<|user|>{prompt[0]['content']}\n\n{prompt[1]['content']}<|endoftext|>")
+    with pytest.raises(InputError, match="leaves out the words of the system.*at the head of the user's"):
+        data.encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *MINI])
+    for template in ("", "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match="leaves out the words of the user"):
+            data.encode_prompt(tokenizer, prompt)
+
+
+def test_a_template_may_take_a_switch_and_white_space_out_of_a_message():
+    tokenizer = data.tiny_tokenizer()
+    tokenizer.chat_template = data.CHAT_TEMPLATE.replace(
+        "{{ message.content }}", "{{ message.content | replace('/no_think', '') | trim }}")
+    messages = [{"role": "system", "content": " Be brief. /no_think"}, {"role": "user", "content": "Hi\n"}]
+    assert tokenizer.decode(data.encode_prompt(tokenizer, messages)) == (
+        "<|system|>Be brief.<|endoftext|><|user|>Hi<|endoftext|><|assistant|>")
+
+
+@pytest.mark.parametrize("tag, opened", [
+    ("<_bot>", ""), ("<Assistant>", ""), ("<model>", ""), ("<reserved_107>", ""), ("<ai>", ""),
+    ("<thought>", "<thought>"), ("<aim>", "<aim>"), ("<bot-plan>", "<bot-plan>"),
+])
+def test_a_roles_own_tag_is_no_tag_that_the_prompt_opens(tag, opened):
+    assert turn_begun(f"{data.CHAT_TEMPLATE}{tag}", GSM8K) == (tag, opened)
+    assert data.encode(data.tiny_tokenizer(), f"Hi {tag}")[1] == opened
+
+
 @pytest.mark.parametrize(
     "single, wanted",
     [
@@ -724,6 +766,36 @@ def test_quantized_weights_are_refused_from_the_config_alone(qwen2_folder, tmp_p
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=rf"quantized \({method['quant_method']}\).* the unquantized model"):
         data.load_config(folder)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
+def test_weights_of_a_byte_are_refused_as_quantized(qwen2_folder, tmp_path, kind):
+    with pytest.raises(InputError, match=rf"quantized \(torch.{kind}\).* the unquantized model"):
+        data.load_config(changed(qwen2_folder, tmp_path, dtype=kind))
+
+
+def test_a_config_that_asks_for_more_outputs_or_tuples_loads_and_saves_as_any(qwen2_folder, tmp_path):
+    folder = changed(qwen2_folder, tmp_path, output_attentions=True, output_hidden_states=True,
+                     return_dict=False)
+    config, tokenizer = data.load_config(folder)
+    policy = data.load_policy(folder, config, tokenizer, dtype=torch.float32, device="cpu")
+    out = policy.model(torch.tensor([[1, 2, 3]]))
+    assert out.logits.shape == (1, 3, config.vocab_size) and "hidden_states" not in out
+    assert data.save_folder(policy, tmp_path / "final")
+
+
+@pytest.mark.parametrize("content, told", [
+    ('{"eos_token_id": "five"}', "ValueError: invalid literal"), ("{", "JSONDecodeError"),
+])
+def test_a_generation_config_that_cannot_be_read_is_told(qwen2_folder, tmp_path, content, told):
+    folder = changed(qwen2_folder, tmp_path)
+    config, tokenizer = data.load_config(folder)
+    (tmp_path / "m" / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=f"--model {folder}: can't be loaded .{told}"):
+        data.load_policy(folder, config, tokenizer, dtype=torch.float32, device="cpu")
+    (tmp_path / "m" / "generation_config.json").write_text('\ufeff{"eos_token_id": "5"}', encoding="utf-8")
+    policy = data.load_policy(folder, config, tokenizer, dtype=torch.float32, device="cpu")
+    assert 5 in policy.stops
 
 
 MOE = {
