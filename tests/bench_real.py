@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--reward", nargs="+", help="as grpo_scratch.py's")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--warmup-steps", type=int, default=0)
+    parser.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant")
     parser.add_argument("--eval-samples", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=8, help="in a step")
     parser.add_argument("--answers", type=int, default=8, help="to each prompt")
@@ -82,7 +83,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.masters == "off":
         round_weights()
-    common = {"device": "cpu", "dtype": asked.dtype, "task": asked.task, "lr_schedule": "constant",
+    common = {"device": "cpu", "dtype": asked.dtype, "task": asked.task,
               "max_new_tokens": asked.max_new_tokens, "eval_examples": 120, "keep_checkpoints": 1,
               "save_every": 10, "eval_samples": asked.eval_samples}
     if asked.reward:
@@ -100,12 +101,14 @@ def main() -> None:
                 name = f"{recipe}-{rate:g}" + ("-bf16" if asked.masters == "off" else "")
                 name += f"-{asked.answers}-answers" if asked.answers != 8 else ""
                 name += f"-warmup-{asked.warmup_steps}" if asked.warmup_steps else ""
+                name += f"-{asked.lr_schedule}" if asked.lr_schedule != "constant" else ""
                 if asked.read and not (asked.output_dir / f"{name}-{seed}" / "summary.json").exists():
                     continue
                 summary, metrics = run(
                     asked.output_dir / f"{name}-{seed}", asked.read, **{**algorithms()[recipe], **common},
                     seed=seed, model=str(model), steps=asked.steps, cold_start_steps=0,
                     eval_every=10, learning_rate=rate, warmup_steps=asked.warmup_steps,
+                    lr_schedule=asked.lr_schedule,
                     prompts_per_step=asked.prompts, group_size=asked.answers, micro_batch_tokens=1024)
                 rows.append((name, seed, summary, metrics))
                 points = [(e["step"], e["accuracy"]) for e in summary["evaluations"]]
