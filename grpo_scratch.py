@@ -676,6 +676,9 @@ def make_config(recipe: str = "auto", **overrides) -> Config:
 
 # ---- The run -----------------------------------------------------------------------------------------------
 
+ONE_LINE = InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference  # what such an error prints
+
+
 @dataclass
 class Run:
     """A run under way. `open_run` fills in its parts. A checkpoint saves what `progress` names."""
@@ -916,10 +919,12 @@ def open_policy(run: Run, model: str, model_config, tokenizer) -> data.Policy:
 def stop_requests(run: Run) -> Iterator[list[int]]:
     """Within it the first Ctrl-C or SIGTERM goes into the list given; the second one stops at once. If an
     error of the user's ends the run, the steps so far are saved, on all ranks."""
-    signals: list[int] = []
+    signals, own = [], os.getpid()
 
     def note(number: int, frame) -> None:
-        if signals:
+        if os.getpid() != own and number == signal.SIGINT:
+            return  # in a process that a reward has forked: the terminal's Ctrl-C is for the run
+        if signals or os.getpid() != own:
             os._exit(128 + number)  # what is on disk is whole; no code of ours runs any more
         signals.append(number)
         with suppress(RuntimeError):  # the signal came while a line was written
@@ -932,7 +937,7 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
     previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield signals
-    except (InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference) as error:
+    except (*ONE_LINE, KeyboardInterrupt) as error:  # an interrupt comes from a process that a reward started
         known_to_all = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
         if known_to_all and not isinstance(error, StepLost):
             run.save()
@@ -1073,6 +1078,8 @@ def ask(config: Config) -> None:
     chosen = rewards.load_rewards(config.reward, warn)
     model_config, tokenizer = data.load_config(model, trust_remote_code=config.trust_remote_code)
     open_policy(run, model, model_config, tokenizer)
+    # A notebook's input has no `reconfigure`.
+    getattr(sys.stdin, "reconfigure", dict)(encoding="utf-8-sig", errors="surrogateescape")
     for text in [config.ask] if config.ask else filter(str.strip, sys.stdin):
         try:
             example = data.asked_example(text.strip(), config.prompt_format or config.task)
@@ -1085,7 +1092,7 @@ def ask(config: Config) -> None:
             if run.rewards:
                 told = ", ".join(f"{k} {'none' if x is None else f'{x:g}'}" for k, x in episode.parts.items())
                 say(f"reward {episode.reward:g} ({told})")
-        except (InputError, rewards.RewardError, memory.DoesNotFit) as error:
+        except ONE_LINE as error:
             if config.ask:
                 raise
             warn(str(error))  # and the next line is read
@@ -1175,10 +1182,12 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
 def main() -> None:
     """Run what the command line asks for. A mistake of the user's ends with one line on stderr and exit code
     2, Ctrl-C with 130, SIGTERM with 143, a run stopped by bad steps with 1."""
+    own = os.getpid()  # a reward's processes leave Ctrl-C to this one
+    signal.signal(signal.SIGINT, lambda *x: os.getpid() == own and signal.default_int_handler(*x))
     try:
         config = parse_command_line()
         stopped_by = ask(config) if config.ask is not None else train(config).get("stopped_by")
-    except (InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference, RuntimeError) as error:
+    except (*ONE_LINE, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not memory.is_out_of_memory(error):
             raise
         own = not hasattr(error, "on_all_ranks")

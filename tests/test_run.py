@@ -6,6 +6,7 @@ import fcntl
 import gc
 import io
 import json
+import multiprocessing
 import os
 import platform
 import pty
@@ -20,6 +21,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +58,7 @@ def endless_run(tmp_path, *flags, stderr=subprocess.PIPE):
     command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--cold-start-steps", "0",
                "--steps", "9999", "--eval-examples", "4", "--output-dir", str(tmp_path), "--name", "run",
                *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True)
 
 
 def lines(path):
@@ -665,6 +667,66 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(tmp_path, number, c
     assert again["steps"] == summary["steps"] + 1 and (tmp_path / "run" / "final").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_a_reward_forks_can_be_ended_and_leave_ctrl_c_to_the_run():
+    context = multiprocessing.get_context("fork")
+    with g.stop_requests(SimpleNamespace(config=SimpleNamespace(reference_url=None))) as signals:
+        sleeper = context.Process(target=time.sleep, args=(60,))
+        sleeper.start()
+        time.sleep(0.5)
+        os.kill(sleeper.pid, signal.SIGINT)
+        sleeper.join(0.5)
+        assert sleeper.is_alive()
+        sleeper.terminate()  # as a reward does that runs answers' code for a limited time
+        sleeper.join(30)
+        assert not sleeper.is_alive() and signals == []
+
+
+KEPT_POOL = """
+import multiprocessing, time
+pool = None
+
+def judge(text):
+    time.sleep(0.1)
+    return float(len(text))
+
+def kept(completions, **kwargs):
+    global pool
+    pool = pool or multiprocessing.get_context("fork").Pool(2)
+    return pool.map(judge, completions, chunksize=1)
+
+def interrupted(completions, **kwargs):
+    global pool
+    pool = (pool or 0) + 1
+    if pool == 4:
+        raise KeyboardInterrupt  # as it comes back from a process that Ctrl-C has reached
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ctrl_c_saves_a_run_whose_reward_keeps_processes(tmp_path):
+    (tmp_path / "pooled.py").write_text(KEPT_POOL)
+    process = endless_run(tmp_path, "--prompts-per-step", "2", "--reward", f"{tmp_path}/pooled.py:kept",
+                          "--save-every", "0")
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the reward's processes, too
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and err.count("stopping") == 1, err
+    steps = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
+    assert steps >= 1 and (tmp_path / "run" / f"checkpoint-{steps}").exists()
+
+
+def test_an_interrupt_that_comes_out_of_a_reward_saves_the_steps_before(tmp_path, capsys):
+    (tmp_path / "broken.py").write_text(KEPT_POOL)
+    with pytest.raises(KeyboardInterrupt):  # scored before: at the door, the first evaluation, step 1
+        g.train(quick(tmp_path, steps=3, reward=[f"{tmp_path}/broken.py:interrupted"]))
+    assert "saved after step 1; go on with --resume" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint-1").exists()
+
+
 def test_a_second_signal_stops_at_once_and_leaves_what_was_whole(tmp_path):
     process = endless_run(tmp_path, "--save-every", "1")
     for line in process.stdout:
@@ -1095,6 +1157,17 @@ def ask(monkeypatch, capsys, *arguments, typed=""):
         code = stop.code
     out, err = capsys.readouterr()
     return out, err, code
+
+
+def test_ask_reads_input_that_begins_with_a_mark_or_is_no_utf8(tmp_path):
+    command = [sys.executable, SCRIPT, "--recipe", "tiny", "--device", "cpu", "--max-new-tokens", "3",
+               "--ask"]
+    typed = b'\xef\xbb\xbf{"nums": [2, 1], "target": 3}\nW\xf6rter\nnumbers 2 1 target 3\n'
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as an ordinary locale has it
+    done = subprocess.run(command, check=False, input=typed, capture_output=True, env=strict)
+    out, err = done.stdout.decode().splitlines(), done.stderr.decode()
+    assert done.returncode == 0 and "'\\udcf6', a lone surrogate" in err and "Traceback" not in err, err
+    assert len(out) == 3 and out[1].startswith("reward ") and out[0] == out[2]
 
 
 def test_ask_prints_the_greedy_answer_of_a_runs_model(tmp_path, monkeypatch, capsys):
