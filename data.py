@@ -2,10 +2,6 @@
 
 An example is a dict. Its `prompt` is text, used as it stands, or a list of chat messages, which the
 tokenizer's chat template turns into text. A cold start imitates its `completion`; rewards read the rest.
-
-    train, heldout = load_task("countdown", train_examples=1000, eval_examples=100, seed=0)
-    ids = encode_prompt(tokenizer, train[0]["prompt"])
-
 Left out on purpose: streaming (a GRPO run reads a few thousand prompts) and mixing several tasks in one run.
 """
 
@@ -156,9 +152,9 @@ def apply_template(tokenizer, messages: list[dict]) -> str:
         if re.search(r"</[\w-]+>$", text.rstrip()):  # a thought that it closes unless it is asked to think
             text = tokenizer.apply_chat_template(messages, **options, enable_thinking=True, thinking=True)
         bare = lambda text: re.sub(r"/(no_)?think\b|\W", "", text)  # a template may take a switch out
-        for message in messages:
-            if message["role"] in ("system", "user") and bare(message["content"]) not in bare(text):
-                raise ValueError(f"it leaves out the words of the {message['role']}")
+        lost = {m["role"] for m in messages if bare(m["content"]) not in bare(text)} & {"system", "user"}
+        if lost:
+            raise ValueError(f"it leaves out the words of the {' and the '.join(sorted(lost))}")
         return text
     except Exception as error:  # a template is a program of its own
         if messages and messages[0]["content"] in SYSTEM:  # it may refuse the role
@@ -350,8 +346,7 @@ def read_file(source: str) -> list[tuple[int, dict]]:
             written = itertools.dropwhile(lambda line: not line.strip(), lines())
             for row in (table := csv.DictReader(written, strict=True)):
                 if None in row or len(row) < len(table.fieldnames):
-                    raise csv.Error("a column's name comes twice" if None not in row else
-                                    f"more cells than the {len(row) - 1} columns")
+                    raise csv.Error(f"more cells than the {len(table.fieldnames)} columns, or a column twice")
                 if any(map(str.strip, filter(None, row.values()))):
                     rows.append((number, {name: csv_value(name, cell) for name, cell in row.items()}))
         elif kind == ".json" and (text := "".join(lines())).lstrip().startswith("["):
@@ -386,7 +381,8 @@ def make_example(row: dict, task: str, where: str) -> Example:
     built_in = {"countdown": "nums must be a list of at least two whole numbers and target a whole number",
                 "gsm8k": "question and answer must be text, the answer with its number after ####"}
     needed = built_in.get(task, 'prompt must be text or a list of {"role", "content"} messages, not messages '
-                          "written as text: keep those in a jsonl file")
+                          "written as text: keep those in a jsonl file" if "prompt" in row else
+                          "prompt must be one of the columns (in a csv, commas separate them)")
     example = None
     match task if task in built_in else "prompt", row:
         case "countdown", {"nums": [_, _, *_] as nums, "target": x} if {int} == {*map(type, [*nums, x])}:
@@ -398,10 +394,6 @@ def make_example(row: dict, task: str, where: str) -> Example:
             example = Example(row)
         case "prompt", {"prompt": [_, *_] as messages} if all(map(is_message, messages)):
             example = Example(row)
-    if task not in built_in and "prompt" not in row:
-        needed = "prompt must be one of the columns (in a csv, commas separate them)"
-    if ours := {"prompt_ids", "opened"} & row.keys():
-        example, needed = None, f"rename {ours.pop()}, which is a name of ours"
     if half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
         example, needed = None, f"{half[0]!r}, a lone surrogate, is only half a character"
     if example is None:

@@ -28,7 +28,6 @@ import shutil
 import signal
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -350,12 +349,10 @@ def learning_rate(config: "Config", step: int) -> float:
 def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequences: list[TrainSequence],
                 learned: dict, started: float) -> dict:
     """A step's line of metrics.jsonl. A number that the step did not measure is null."""
-    def mean(values) -> float | None:
-        known = [x for x in values if x is not None]
-        return statistics.fmean(known) if known else None
-
+    mean = lambda values: statistics.fmean(known) if (known := [x for x in values if x is not None]) else None
     groups, spread = {e.group for e in episodes}, {e.group for e in kept if e.advantage}
     tokens, seconds = sum(len(e.completion.ids) for e in episodes), time.monotonic() - started
+    trained = run.config.updates_per_batch * sum(map(len, sequences))
     return {
         "step": run.step, "reward": mean(e.reward for e in episodes),
         **{f"reward/{name}": mean(e.parts[name] for e in episodes) for name in episodes[0].parts},
@@ -367,7 +364,7 @@ def step_record(run: "Run", episodes: list[Episode], kept: list[Episode], sequen
         "learning_rate": learning_rate(run.config, run.step), "groups_drawn": len(groups),
         "groups_kept": len(spread), "groups_without_spread": (len(groups) - len(spread)) / len(groups),
         "sampling_tokens_per_second": tokens / max(run.spent["sampling"], 1e-3),  # Windows' clock is coarse
-        "update_tokens_per_second": sum(map(len, sequences)) / max(seconds - run.spent.total(), 1e-3),
+        "update_tokens_per_second": trained / max(seconds - run.spent.total(), 1e-3),
         "scoring_seconds": run.spent["scoring"], "seconds": seconds,
         "peak_memory_bytes": memory.peak_memory(run.device)}
 
@@ -450,14 +447,13 @@ def compare_with_sampler(run: "Run", episodes: list[Episode]) -> dict[str, float
     if gap > 0.2:  # bfloat16 alone makes 0.03 between two engines
         raise InputError(f"--sampler {config.sampler}: the update's log-probabilities are {gap:.2g} nats off "
                          "the sampler's: its weights or temperature are not the policy's; use --sampler own")
-    cap, lengths, means = config.importance_cap, [len(s.completion) for s in sequences], {"sampler_gap": gap}
-    importance = ratio.clamp(max=cap)
+    cap, lengths = config.importance_cap, [len(s.completion) for s in sequences]
+    importance, capped = ratio.clamp(max=cap), (ratio > cap).float().mean().item()
+    means = {"sampler_gap": gap, "importance": importance.mean().item(), "importance_capped": capped}
     for e, h, weights in zip(episodes, entropies.split(lengths), importance.split(lengths)):
         e.completion.entropies, e.importance = h.tolist(), weights if cap else None
-    if cap:
-        means |= {"importance": importance.mean().item(),
-                  "importance_capped": (ratio > cap).float().mean().item()}
-    return {name: x for name, x in means.items() if math.isfinite(x)}  # JSON has no NaN
+    measured = means if cap else ["sampler_gap"]
+    return {name: means[name] for name in measured if math.isfinite(means[name])}  # JSON has no NaN
 
 
 def evaluate(run: "Run") -> dict:
@@ -493,14 +489,14 @@ def cold_start(run: "Run") -> None:
         parts = run.attempt("update", gradients, mine, temperature=1.0)
         rate = config.cold_start_lr * (1 - step / steps)
         found, run.midway = optimizer_step(run, optimizer, parts, rate, max_grad_norm=1.0), False
-        loss = f"{found['loss']:.3f}"
-        bar.set_postfix(loss=loss)
+        bar.set_postfix_str(f"loss={found['loss']:.3f}")
         if bar.disable and (step + 1) % math.ceil(steps / 10) == 0:
-            say(f"cold start {step + 1}/{steps} loss {loss}")
+            say(f"cold start {step + 1}/{steps} loss {found['loss']:.3f}")
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
+ONE_LINE = InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference  # what such an error prints
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
@@ -552,8 +548,7 @@ class Config:
     overlong_buffer: int = flag(0, "last tokens before the limit that cost reward (DAPO)", at_least=0)
     updates_per_batch: int = flag(1, "optimizer steps on a batch; 1 needs no ratio and no clip", at_least=1)
     ratio: Literal["token", "answer"] = flag("token", "one ratio a token, or one an answer (GSPO)")
-    surrogate: Literal["clip", "cispo"] = flag(
-        "clip", "a token out of bounds loses its gradient (clip), or is weighted by the bound (cispo)")
+    surrogate: Literal["clip", "cispo"] = flag("clip", "out of bounds: no gradient (clip), or capped (cispo)")
     clip_low: float = flag(0.2, "the ratio is clipped below at 1 - this", at_least=0, at_most=1)
     clip_high: float = flag(0.2, "and above at 1 + this", at_least=0)
     beta: float = flag(0.0, "coefficient of the KL divergence from a reference; 0 needs none", at_least=0)
@@ -675,9 +670,6 @@ def make_config(recipe: str = "auto", **overrides) -> Config:
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-
-ONE_LINE = InputError, rewards.RewardError, memory.DoesNotFit, memory.NoReference  # what such an error prints
-
 
 @dataclass
 class Run:
@@ -932,17 +924,17 @@ def stop_requests(run: Run) -> Iterator[list[int]]:
 
     if run.config.reference_url:
         run.reference.stop = lambda: bool(signals)
-    # Only a main thread may set handlers. Whoever started a notebook's thread stops it.
-    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
-    previous = {number: signal.signal(number, note) for number in numbers}
+    previous = {}
+    with suppress(ValueError):  # only a main thread may set handlers; a notebook's is stopped by its notebook
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     except (*ONE_LINE, KeyboardInterrupt) as error:  # an interrupt comes from a process that a reward started
         known_to_all = memory.my_rank()[1] == 1 or hasattr(error, "on_all_ranks")
         if known_to_all and not isinstance(error, StepLost):
             run.save()
-            if (run.folder / f"checkpoint-{run.step}").exists():
-                say(f"saved after step {run.step}; go on with --resume {run.folder}")
+            if saved := data.checkpoints(run.folder):
+                say(f"saved after step {data.step_of(saved[-1])}; go on with --resume {run.folder}")
         if signals:  # they ended the waiting for a server
             sys.exit(128 + signals[0])
         raise
@@ -964,8 +956,7 @@ def start(run: Run) -> None:
 
 def check_reference(run: Run) -> None:
     """Raise memory.NoReference unless the server's model is the policy, by what both make of prompts."""
-    prompts = [e["prompt_ids"] for e in run.heldout[:8] if len(e["prompt_ids"]) > 1]
-    sequences = [TrainSequence(p[:1], p[1:]) for p in prompts]
+    sequences = [TrainSequence(x[:1], x[1:]) for e in run.heldout[:8] if len(x := e["prompt_ids"]) > 1]
     pairs = zip(all_logprobs(run, sequences, 1.0), run.reference(sequences))
     gaps = [gap for own, served in pairs for gap in (own[0].cpu() - served).abs().tolist()]
     if gaps and not (gap := statistics.fmean(gaps)) <= 0.1:  # bfloat16 makes it about 0.03
@@ -978,9 +969,7 @@ def finish(run: Run, dashboard, metrics: list[dict], started: float, stopped_by,
     after, done = {}, stopped_by is None
     if done:
         if not data.save_folder(run.policy, run.folder / "final"):  # before the evaluation, which may fail
-            saved = data.checkpoints(run.folder)
-            advice = f"make room, then --resume {run.folder}" if saved else "nothing could be saved"
-            raise InputError(f"{run.folder / 'final'} can't be written; {advice}")
+            raise InputError(f"{run.folder / 'final'} can't be written; make room")
         after = evaluate(run)
         dashboard.log(after, prefix="held-out/")
         data.save_best(run.policy, run.folder, after)
@@ -1078,8 +1067,7 @@ def ask(config: Config) -> None:
     chosen = rewards.load_rewards(config.reward, warn)
     model_config, tokenizer = data.load_config(model, trust_remote_code=config.trust_remote_code)
     open_policy(run, model, model_config, tokenizer)
-    # A notebook's input has no `reconfigure`.
-    getattr(sys.stdin, "reconfigure", dict)(encoding="utf-8-sig", errors="surrogateescape")
+    getattr(sys.stdin, "reconfigure", dict)(encoding="utf-8-sig", errors="surrogateescape")  # notebooks: none
     for text in [config.ask] if config.ask else filter(str.strip, sys.stdin):
         try:
             example = data.asked_example(text.strip(), config.prompt_format or config.task)
@@ -1163,7 +1151,7 @@ def parse_command_line(arguments: list[str] | None = None) -> Config:
         taken |= {"max_rows": None, "micro_batch_tokens": None}
     elif not given.keys().isdisjoint(modes) and "recipe" not in given and "resume" not in given:
         taken = settings_of_run(given.get("model", ""))
-    code = [x for x in taken.get("reward", []) if rewards.is_code(x)]
+    code = [x for x in taken.get("reward", []) if x.partition(":")[0] not in rewards.REWARDS]
     if code and "reward" not in given and not given.get("plan_only"):
         told = f"the run's reward is code, {' '.join(code)}; if you trust it, give it again with --reward"
         if "ask" not in given:

@@ -189,9 +189,7 @@ def score_batch(
                 results = _awaited(_batch(reward, parameters, prompts, completions, examples, completion_ids))
             else:
                 results = (_awaited(reward(*answer)) for answer in zip(completions, examples))
-            if isinstance(results, (dict, set)):
-                raise RewardError(f"returned a {type(results).__name__}, which has no order")
-            for result in results:  # bools and the numbers of numpy and torch have a __float__, text has none
+            for result in [results] if isinstance(results, dict | set) else results:  # text has no __float__
                 if not (hasattr(result, "__float__") and math.isfinite(result) or batched and result is None):
                     raise RewardError(f"returned {result!r:.150}, not a finite number")
                 scores.append(None if result is None else float(result))
@@ -245,11 +243,6 @@ def check_rows(rewards: dict[str, tuple[Callable, float]], examples: list[dict])
 SPEC = re.compile(r"(.+?\.py|[^:]+)(?::([^\W\d]\w*))?(?::(-?[0-9]*\.?[0-9]+(?:e-?[0-9]{1,2})?))?")
 
 
-def is_code(spec: str) -> bool:
-    """Whether a reward is a function of somebody's file or package, and none of REWARDS."""
-    return spec.partition(":")[0] not in REWARDS and bool(re.search(r"\.py|:[^\W\d]", spec))
-
-
 def load_rewards(specs: list[str], warn: Callable[[str], None] = print) -> dict[str, tuple[Callable, float]]:
     """The functions and weights of NAME, FILE.py:FUNCTION or package.module:FUNCTION, with :WEIGHT or not.
     Their names are NAME, "file.function" and "package.module.function". A file runs once in a process.
@@ -260,9 +253,8 @@ def load_rewards(specs: list[str], warn: Callable[[str], None] = print) -> dict[
         match = SPEC.fullmatch(spec)
         source, function, weight = match.groups() if match else (spec, None, None)
         if (source in REWARDS) == bool(function):
-            raise RewardError(f"{spec!r} is no reward; type one of {', '.join(REWARDS)}, or give yours as "
-                              "path/to/file.py:function or package.module:function; a weight is a finite "
-                              "number behind it, like countdown_format:0.5")
+            raise RewardError(f"{spec!r} is no reward; type one of {', '.join(REWARDS)}, path/to/file.py:"
+                              "function or package.module:function; a weight is a finite number, as :0.5")
         name, reward = _load(source, function, warn) if function else (source, REWARDS[source])
         if name in rewards and rewards[name][0] is not reward:  # two files of one name
             name = f"{Path(source).resolve().with_suffix('')}.{function}"
@@ -274,10 +266,9 @@ def load_rewards(specs: list[str], warn: Callable[[str], None] = print) -> dict[
 
 def _load(source: str, function: str, warn: Callable) -> tuple[str, Callable]:
     file, is_file = Path(source).resolve(), source.endswith(".py")
-    if is_file and not file.is_file():
-        raise RewardError(f"no file {source!r} in {Path.cwd()}; type where it is: path/to/file.py:function")
-    if is_file and "." in file.stem:
-        raise RewardError(f"{source!r}: Python imports no file with a dot in its name; rename it")
+    if is_file and ("." in file.stem or not file.is_file()):
+        raise RewardError(f"no file {source!r} in {Path.cwd()}, or Python can't import it, for a dot in its "
+                          "name; type where it is: path/to/file.py:function")
     name, folder = (file.stem, str(file.parent)) if is_file else (source, str(Path.cwd()))
     find = importlib.machinery.PathFinder.find_spec
     importlib.invalidate_caches()

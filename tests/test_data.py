@@ -256,9 +256,8 @@ def test_gsm8k_is_asked_for_by_its_name_and_configuration(monkeypatch):
      "line 2: prompt must be .*; this row has question = 'a', answer = 'b'$"),
     ("semicolons.csv", "prompt;answer\na;b\nc;d\ne;f\n",
      "line 2: prompt must be one of the columns .*commas .*; this row has prompt;answer = 'a;b'$"),
-    ("twice.csv", "prompt,a,a\nb,1,2\n", "line 2: a column's name comes twice"),
+    ("twice.csv", "prompt,a,a\nb,1,2\n", "line 2: .* or a column twice"),
     ("backslash.csv", 'prompt\n"a"\n"say \\"b\\""\n', "line 3: .* needs double quotes .*, \"\" for one"),
-    ("ours.jsonl", '{"prompt": "a", "opened": 2021}\n' * 3, "line .: rename opened, which is a name of ours"),
     ("digits.jsonl", '{"prompt": "a"}\n{"prompt": "a", "n": ' + "1" * 5000 + "}", "line 2: Exceeds"),
     ("broken.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3: Expecting value; write one JSON object on"),
     ("broken.json", '[{"prompt": "a"},\n\n{"prompt": "b" "c"}]', "line 3: Expecting ',' delimiter"),
@@ -268,7 +267,7 @@ def test_gsm8k_is_asked_for_by_its_name_and_configuration(monkeypatch):
     ("latin.jsonl", '{"prompt": "a"}\n\n{"prompt": "\udce9"}\n', "line 3: 'utf-8' codec .* byte 0xe9"),
     ("latin.json", '[{"prompt": "a"},\n{"prompt": "\udce9"}]\n', "line 2: 'utf-8' codec .* byte 0xe9"),
     ("latin.csv", 'prompt,answer\na,b\n\n"c\n\udce9",d\n', "line 5: 'utf-8' codec can't decode byte 0xe9"),
-    ("wide.csv", "prompt,answer\na,b\n\nc,d, e\n", "line 4: more cells than the 2 columns; .* needs double"),
+    ("wide.csv", "prompt,answer\na,b\n\nc,d, e\n", "line 4: more cells than the 2 columns.* needs double"),
     ("quote.csv", 'prompt,answer\na,"b\nc,d\n', "line 3: unexpected end of data"),
     ("surrogate.jsonl", '{"prompt": "a"}\n\n{"prompt": "b \\ud83d"}\n', r"line 3: '\\ud83d', a lone"),
     ("surrogate.json", '[{"prompt": "a"}, {"prompt": "b", "n": ["\\udc00"]}]', r"row 2: '\\udc00', a lone"),
@@ -632,7 +631,7 @@ def test_no_words_get_lost_in_a_template_that_leaves_a_role_out(prompt):
         data.encode_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *MINI])
     for template in ("", "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"):
         tokenizer.chat_template = template
-        with pytest.raises(InputError, match="leaves out the words of the user"):
+        with pytest.raises(InputError, match="leaves out the words of the .*user"):
             data.encode_prompt(tokenizer, prompt)
 
 

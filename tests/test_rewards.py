@@ -1167,8 +1167,8 @@ def test_none_is_no_score_of_one_answer_and_a_missing_one_of_a_batch():
 
 
 def test_results_without_an_order_are_an_error():
-    refused(lambda completions: {0: 1.0, 1: 0.5}, "returned a dict, which has no order")
-    refused(lambda completions: {1.0, 0.5}, "returned a set, which has no order")
+    refused(lambda completions: {0: 1.0, 1: 0.5}, "returned {0: 1.0, 1: 0.5}, not a finite number")
+    refused(lambda completions: {1.0, 0.5}, ", not a finite number")
 
 
 @pytest.mark.parametrize("reward, parameter", [
@@ -1477,17 +1477,6 @@ def test_functions_of_a_package_and_of_a_module_in_the_current_folder_are_reward
     assert parts(["operator:eq"], "a", "a") == {"operator.eq": 1.0}  # a package that is installed
 
 
-@pytest.mark.parametrize(("spec", "code"), [
-    ("countdown_format", False), ("countdown_format:0.5", False), ("countdown_format:abc", False),
-    ("zzz", False), ("mymodule:2", False), ("mymodule:0.5", False),
-    ("mine.py", True), ("mine.py:f", True), ("mine.py:f:0.5", True), ("a/b.py:f", True),
-    (r"C:\mine.py:f:0.5", True), ("C:/a b/mine.py:f", True), ("trl.rewards:f", True),
-    ("m:f", True), ("m:f:2", True), ("m:f:nonsense", True), ("os:system", True),
-])
-def test_code_is_known_by_its_form(spec, code):
-    assert rewards.is_code(spec) is code
-
-
 def test_a_drives_colon_belongs_to_the_file():
     match = rewards.SPEC.fullmatch
     assert match(r"C:\my rewards\x.py:f:0.5").groups() == (r"C:\my rewards\x.py", "f", "0.5")
@@ -1577,7 +1566,7 @@ def write(folder, **files):
 
 def test_a_file_that_python_cannot_import_by_its_name_is_refused(tmp_path):
     folder = write(tmp_path, **{"my.rewards": LENGTHS})
-    with pytest.raises(rewards.RewardError, match="no file with a dot in its name; rename it"):
+    with pytest.raises(rewards.RewardError, match="or Python can.t import it, for a dot in its name"):
         rewards.load_rewards([f"{folder}/my.rewards.py:of"])
 
 
