@@ -222,8 +222,8 @@ def demonstration_ids(tokenizer, config, example: Example, rng: random.Random) -
         text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", text)
         if opened := example.get("opened"):  # the prompt has this tag already
             text = re.sub(rf"^\s*{re.escape(opened)}", "", text)
-    elif nums is None or target is None:
-        raise InputError("--cold-start-steps needs text in a `completion` column; add it, or drop the flag")
+    elif not isinstance(nums, list) or {int} != {*map(type, [*nums, target])}:
+        raise InputError("a cold start needs text in a `completion` column; add it, or --cold-start-steps 0")
     elif len(nums) == 2:
         # Plus comes twice as often as others: before GRPO it is the greedy answer, whatever the seed. How the
         # target compares with the first number says much about the operator.
@@ -345,7 +345,7 @@ def read_file(source: str) -> list[tuple[int, dict]]:
             csv.field_size_limit(2**31 - 1)  # a prompt may be longer than csv's own 131,072 characters
             written = itertools.dropwhile(lambda line: not line.strip(), lines())
             for row in (table := csv.DictReader(written, strict=True)):
-                if None in row or len(row) < len(table.fieldnames):
+                if None in row or len(row) - ("" in row) < sum(map(bool, table.fieldnames)):
                     raise csv.Error(f"more cells than the {len(table.fieldnames)} columns, or a column twice")
                 if any(map(str.strip, filter(None, row.values()))):
                     rows.append((number, {name: csv_value(name, cell) for name, cell in row.items()}))
@@ -571,9 +571,9 @@ def open_folder(folder: Path, config: dict, step: int) -> list[dict]:
 
 def tidy(folder: Path) -> None:
     """Remove what a kill or a failure left. A folder gets its name back if the new one isn't there."""
-    for old in folder.glob(".*.old"):
+    for old in filter(Path.exists, map(folder.joinpath, (".best.old", ".final.old", ".checkpoint.old"))):
         whole = folder / old.name[1:-4]
-        if whole.name in ("best", "final") and not whole.exists():
+        if whole.name != "checkpoint" and not whole.exists():
             old.rename(whole)
         shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(folder / ".partial", ignore_errors=True)

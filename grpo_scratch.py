@@ -1178,10 +1178,10 @@ def main() -> None:
     except (*ONE_LINE, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not memory.is_out_of_memory(error):
             raise
-        own = not hasattr(error, "on_all_ranks")
-        if own and not data.first_rank():
+        alone = not hasattr(error, "on_all_ranks")
+        if alone and not data.first_rank():
             time.sleep(3)  # where the first rank has met the same, torchrun ends this one before it tells it
-        say(f"error: {error}", sys.stderr, from_all=own)
+        say(f"error: {error}", sys.stderr, from_all=alone)
         sys.exit(2)
     except KeyboardInterrupt:  # before the first step, where there is nothing to save yet
         sys.exit(130)
